@@ -1,0 +1,47 @@
+# The short words. Each makes its own virtual environment first; only python3 (3.11 or later), make and a package index are needed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RESULTS ?= runs/results
+
+.PHONY: help install run test test-slow lab docs record bench readme lock clean
+
+help:          ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)   ## create .venv with the locked versions and this package
+
+$(STAMP): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"resnet_rs needs Python 3.11 or later, $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+run: $(STAMP)       ## re-run the paper's Table 1 on the embedded data (SCALE=smoke for a minute's look)
+	$(BIN)/papermill nbs/ablation.ipynb -p scale $(or $(SCALE),laptop) -p seeds $(or $(SEEDS),3) -p results_dir $(RESULTS)
+
+test: $(STAMP)      ## sync of notebooks and library, every notebook, and tests/
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(STAMP) ## what carries the slow flag
+	$(BIN)/python -m pytest -m slow
+
+lab: $(STAMP)       ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+record: $(STAMP)    ## pack finished runs from $(RESULTS) into results/, the committed evidence
+	$(BIN)/python -m resnet_rs.records $(RESULTS) results $(if $(ALLOW_DIRTY),--allow-dirty)
+
+bench: $(STAMP)     ## ratios measured on this machine
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+readme: $(STAMP)    ## README.md from nbs/index.ipynb
+	$(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --TemplateExporter.exclude_raw=True --RegexRemovePreprocessor.patterns='^#\|\s*hide' --output-dir . --output README nbs/index.ipynb
+
+lock:               ## renew requirements.lock (needs uv on the path)
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --annotation-style line setup.py -o requirements.lock
+
+clean:              ## remove the environment and build products; runs/ stays
+	rm -rf $(VENV) build dist _docs _proc *.egg-info

@@ -1,0 +1,309 @@
+"""Image sets: what a notebook cannot show. Races between processes, preparations cut off, TensorFlow nearby."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from resnet_rs import images
+from resnet_rs.images import DATASETS, batches, digit_splits, eval_batches, load, prepare_digits, subset
+
+TRAIN_32 = 'de072e8c2229fdf6'  # fingerprints of the digits: they are part of every record's key, so a change here orphans results
+TEST_32 = '9ea99530807eba79'
+GOLDEN_FIRST, GOLDEN_BORDER = [89, 43, 90, 24], [115, 127, 76, 98, 3, 94]  # seed 1: epoch 0; border of epochs
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    prepare_digits(root)
+    return root
+
+
+def start(code, *args, **env):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], text=True, **pipes,
+                            env={**os.environ, 'JAX_PLATFORMS': 'cpu', **env})
+
+
+def leftovers(root): return sorted(p.name for p in Path(root).iterdir())
+
+
+def test_round_trip(folder):
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    seen = []
+    for split, part in digit_splits(digits.target).items():
+        examples = tfds.data_source('sklearn_digits', split=split, data_dir=folder)
+        examples = examples.__getitems__(range(len(examples)))
+        assert [e['index'] for e in examples] == list(part)
+        assert (np.stack([e['image'][:, :, 0] for e in examples]) == (digits.images[part] * 255 + 8) // 16).all()
+        assert [e['label'] for e in examples] == list(digits.target[part])
+        seen += list(part)
+    assert sorted(seen) == list(range(1797))
+    assert leftovers(folder) == ['.sklearn_digits.lock', 'sklearn_digits']
+
+
+def test_stratified(folder):
+    shares = np.array([178, 182, 177, 183, 181, 182, 181, 179, 174, 180]) / 1797
+    for split, n in (('test', 1000), ('train', 400), ('tune', 397)):
+        counts = np.bincount(load('digits', split, 8, folder).labels)
+        assert counts.sum() == n and np.abs(counts - n * shares).max() < 1.01
+
+
+def test_golden_fingerprints(folder):
+    assert load('digits', 'train', 32, folder).fingerprint == TRAIN_32
+    assert load('digits', 'test', 32, folder).fingerprint == TEST_32
+    assert load('digits', 'test', 40, folder).fingerprint != TEST_32
+
+
+def test_two_processes_at_once(tmp_path):
+    "Both find the folder empty, both get the same images; one data set and no rubbish is left."
+    root = tmp_path / 'new' / 'data'
+    code = '''import sys
+from resnet_rs.images import load
+print('ready', flush=True)
+input()
+print(load('digits', 'train', 32, sys.argv[1]).fingerprint)'''
+    both = [start(code, root) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ['ready\n'] * 2
+    for process in both:
+        process.stdin.write('go\n')
+        process.stdin.flush()
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out.strip()) == (0, TRAIN_32), err
+        assert err == ''
+    assert leftovers(root) == ['.sklearn_digits.lock', 'sklearn_digits']
+
+
+def test_race_without_locks(tmp_path, monkeypatch):
+    "On a file system without locks the slower of two finds the other's files in place and uses them."
+    def no_locks(*_): raise OSError('no locks here')
+    monkeypatch.setattr(images.fcntl, 'flock', no_locks)
+    prepare = images.SklearnDigits.download_and_prepare
+    def overtaken(self, **options):
+        monkeypatch.setattr(images.SklearnDigits, 'download_and_prepare', prepare)
+        prepare_digits(tmp_path)
+        prepare(self, **options)
+    monkeypatch.setattr(images.SklearnDigits, 'download_and_prepare', overtaken)
+    assert load('digits', 'train', 32, tmp_path).fingerprint == TRAIN_32
+    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
+
+
+def test_waits_for_the_one_who_prepares(tmp_path):
+    "While somebody else holds the lock, a process waits and then uses what it finds; here it could not prepare by itself."
+    code = '''import sys
+from resnet_rs import images
+images._build_digits = None
+print('ready', flush=True)
+print(images.load('digits', 'train', 32, sys.argv[1]).fingerprint)'''
+    with images._lock(tmp_path / '.sklearn_digits.lock') as held:
+        waiting = start(code, tmp_path)
+        assert held and waiting.stdout.readline() == 'ready\n'
+        time.sleep(0.7)
+        assert waiting.poll() is None, waiting.communicate()
+        images._build_digits(tmp_path, tmp_path / 'sklearn_digits' / '1.0.0')
+    out, err = waiting.communicate(timeout=60)
+    assert out.strip() == TRAIN_32, err
+
+
+def test_killed_preparation(tmp_path):
+    "SIGKILL in the middle of writing: the next call starts afresh, is not held up by the lock, and sweeps the rubbish away."
+    code = '''import sys, time
+from resnet_rs import images
+examples = images.SklearnDigits._generate_examples
+def slow(self, *args):
+    for i, example in enumerate(examples(self, *args)):
+        if i == 50: print('in the middle', file=sys.__stdout__, flush=True); time.sleep(600)
+        yield example
+images.SklearnDigits._generate_examples = slow
+images.prepare_digits(sys.argv[1])'''
+    process = start(code, tmp_path)
+    assert process.stdout.readline() == 'in the middle\n', process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert any(name.startswith('.preparing-') for name in leftovers(tmp_path))
+    assert load('digits', 'train', 32, tmp_path).fingerprint == TRAIN_32
+    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
+
+
+@pytest.mark.parametrize('damage', ['no info', 'short file', 'no file'])
+def test_damaged_set_is_replaced(tmp_path, damage):
+    made = prepare_digits(tmp_path)
+    shard = next(made.glob('*-test.array_record*'))
+    if damage == 'no info': (made / 'dataset_info.json').unlink()
+    if damage == 'short file': os.truncate(shard, shard.stat().st_size // 2)
+    if damage == 'no file': shard.unlink()
+    assert load('digits', 'test', 32, tmp_path).fingerprint == TEST_32
+    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
+
+
+def test_prepared_folder_is_only_read(folder, tmp_path, monkeypatch):
+    "A prepared folder is used as it is: no lock, no writing, so it may be shared and read-only."
+    def forbidden(*_): raise AssertionError('wrote to a prepared folder')
+    monkeypatch.setattr(images, '_lock', forbidden)
+    monkeypatch.setenv('RESNET_RS_DATA', str(folder))
+    assert load('digits', 'train', 32).fingerprint == TRAIN_32
+
+
+def test_never_imports_tensorflow_nor_touches_disk_on_import(tmp_path):
+    "With a TensorFlow on the path that betrays its import, load does not import it; importing the module writes nothing."
+    (tmp_path / 'tensorflow').mkdir()
+    (tmp_path / 'tensorflow' / '__init__.py').write_text("raise SystemExit('tensorflow was imported')")
+    code = '''import os, sys
+import resnet_rs.images as images
+import jax
+assert not jax._src.xla_bridge._backends, 'import started a device'
+assert not os.listdir(sys.argv[1]), 'import wrote to disk'
+images.load('digits', 'train', 32, sys.argv[1])
+print('tensorflow' in sys.modules)'''
+    root = tmp_path / 'data'
+    root.mkdir()
+    process = start(code, root, PYTHONPATH=str(tmp_path), RESNET_RS_DATA=str(root), HOME=str(tmp_path))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (0, 'False\n', '')
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match=r'cannot hold the prepared digits \(Not a directory\)') as e:
+        load('digits', 'train', 32, tmp_path / 'file' / 'data')
+    assert '\n' not in str(e.value)
+
+
+def png(colour):
+    out = BytesIO()
+    Image.new('RGB', (32, 32), colour).save(out, 'png')
+    return out.getvalue()
+
+
+class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    "Written as TFDS writes CIFAR-10 (same features and splits), with 40 + 10 plain-coloured images."
+    VERSION = tfds.core.Version('3.0.2')
+    name = 'cifar10'
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            'id': tfds.features.Text(), 'image': tfds.features.Image(shape=(32, 32, 3)),
+            'label': tfds.features.ClassLabel(num_classes=10)}))
+
+    def _split_generators(self, dl_manager): return {'train': self._generate_examples(40), 'test': self._generate_examples(10)}
+
+    def _generate_examples(self, n):
+        for i in range(n): yield i, {'id': f'{n}_{i}', 'image': png((i, 2 * i, 200)), 'label': i % 10}
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, 'cifar10', replace(DATASETS['cifar10'], splits=dict(train=36, tune=4, test=10)))
+    tfds.disable_progress_bar()
+    Cifar10(data_dir=tmp_path).download_and_prepare(file_format='array_record')
+    return tmp_path
+
+
+def test_other_tfds_set(small_cifar):
+    parts = [load('cifar10', split, 32, small_cifar) for split in ('train', 'tune')]
+    colours = np.concatenate([a.images[:, 5, 5] for a in parts])
+    labels = np.concatenate([a.labels for a in parts])
+    assert (colours[:, 0] % 10 == labels).all() and (colours[:, 1] == 2 * colours[:, 0]).all() and (colours[:, 2] == 200).all()
+    assert sorted(colours[:, 0]) == list(range(40)), 'train and tune are disjoint and complete'
+    assert load('cifar10', 'test', 16, small_cifar).images.shape == (10, 16, 16, 3)
+    assert parts[0].info.flip and not DATASETS['digits'].flip
+
+
+def test_other_tfds_set_refusals(small_cifar, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"cifar10 is not prepared in data_dir .*download_and_prepare"):
+        load('cifar10', 'test', 32, tmp_path / 'elsewhere')
+    monkeypatch.setitem(DATASETS, 'cifar10', replace(DATASETS['cifar10'], splits=dict(train=36, tune=4, test=11)))
+    with pytest.raises(ValueError, match=r"cifar10 has 10 images in split 'test', not 11"):
+        load('cifar10', 'test', 32, small_cifar)
+    info = small_cifar / 'cifar10' / '3.0.2' / 'dataset_info.json'
+    info.write_text(json.dumps({**json.loads(info.read_text()), 'fileFormat': 'tfrecord'}))
+    with pytest.raises(ValueError, match='stored as tfrecord'):
+        load('cifar10', 'test', 32, small_cifar)
+
+
+def test_subset_is_balanced_nested_and_by_seed(folder):
+    train = load('digits', 'train', 8, folder)
+    rows = lambda a: {x.tobytes() for x in a.images}
+    for seed in (0, 3):
+        small, large = subset(train, 40, seed), subset(train, 100, seed)
+        assert (np.bincount(large.labels) == 10).all() and rows(small) < rows(large) < rows(train)
+    overlap = len(rows(subset(train, 100, 0)) & rows(subset(train, 100, 1)))
+    assert 10 < overlap < 45, 'two seeds share about a quarter of the images, as chance has it'
+    few = subset(train, 398, 0)  # more than the smallest class can give evenly
+    assert len(few) == 398 and np.bincount(few.labels).min() == np.bincount(train.labels).min()
+    with pytest.raises(ValueError, match='n = 401 images asked for, digits has 400'): subset(train, 401, 0)
+    with pytest.raises(ValueError, match='n = -1'): subset(train, -1, 0)
+
+
+def test_synthetic_is_learnable_and_repeatable():
+    train, test = load('synthetic', 'train', 32), load('synthetic', 'test', 32)
+    means = np.stack([train.images[train.labels == c].mean(axis=0) for c in range(10)])
+    nearest = ((test.images[:, None].astype(float) - means) ** 2).sum(axis=(2, 3, 4)).argmin(axis=1)
+    assert (nearest == test.labels).mean() > 0.9
+    assert train.fingerprint == load('synthetic', 'train', 32).fingerprint != test.fingerprint
+
+
+@pytest.mark.parametrize('batch_size', [7, 64, 250])
+def test_batches_from_any_step(batch_size):
+    few = subset(load('synthetic', 'train', 16), 100, 0)
+    steps = 20
+    whole = list(batches(few, batch_size, steps, seed=5))
+    assert len(whole) == steps
+    for k in (0, 1, 2, 13, 19, 20):
+        rest = list(batches(few, batch_size, steps, seed=5, start=k))
+        assert len(rest) == steps - k
+        assert all((a == c).all() and (b == d).all() for (a, b), (c, d) in zip(rest, whole[k:], strict=True))
+    flat = np.concatenate([x for x, _ in whole]).reshape(steps * batch_size, -1)
+    for epoch in range(len(flat) // 100):
+        assert len(np.unique(flat[100 * epoch:100 * (epoch + 1)], axis=0)) == 100, 'each image once an epoch'
+    assert (next(batches(few, batch_size, 1, seed=5))[0] == whole[0][0]).all(), 'the length of the run does not matter'
+
+
+def test_golden_order():
+    "The order is part of a result: a NumPy that draws another must not go unnoticed."
+    few = replace(load('synthetic', 'tune', 8), labels=np.arange(128, dtype=np.int32))
+    (_, first), (_, second) = batches(few, 100, 2, seed=1)
+    assert list(first[:4]) == GOLDEN_FIRST and list(second[26:32]) == GOLDEN_BORDER
+
+
+def test_eval_covers_each_image_once():
+    data = load('synthetic', 'tune', 8)
+    for size in (1, 50, 128, 500):
+        parts = list(eval_batches(data, size))
+        assert {x.shape for x, _, _ in parts} == {(size, 8, 8, 3)}
+        assert {(x.dtype.name, y.dtype.name, m.dtype.name) for x, y, m in parts} == {('uint8', 'int32', 'bool')}
+        assert (np.concatenate([x[m] for x, _, m in parts]) == data.images).all()
+        assert sum(m.sum() for _, _, m in parts) == 128 and sum(len(m) for _, _, m in parts) < 128 + size
+        x, y, m = parts[-1]
+        assert not x[~m].any() and not y[~m].any()
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda d: load('digits', 'train', 32.5), 'image_size = 32.5'),
+    (lambda d: load('digits', 'train', True), 'image_size = True'),
+    (lambda d: load('digits', 'trian', 32), "did you mean 'train'"),
+    (lambda d: load('cifar', 'train', 32), "did you mean 'cifar10'"),
+    (lambda d: batches(d, 0, 5, 0), 'batch_size = 0'),
+    (lambda d: batches(d, 4, 5, 0, start=6), 'start = 6 .* from 0 to 5'),
+    (lambda d: batches(d, 4, -1, 0), 'steps = -1'),
+    (lambda d: batches(d, 4, 5, -1), 'seed = -1'),
+    (lambda d: eval_batches(d, 0), 'batch_size = 0')])
+def test_bad_values_are_named_at_the_call(call, message):
+    with pytest.raises(ValueError, match=message): call(load('synthetic', 'tune', 8))
+
+
+def test_arrays_are_read_only():
+    data = load('synthetic', 'tune', 8)
+    with pytest.raises(ValueError, match='read-only'): data.images[0] = 0
