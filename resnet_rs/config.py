@@ -182,12 +182,15 @@ class Scale:
 #: name -> Scale
 SCALES: Mapping[str, Scale] = MappingProxyType({
     'smoke': Scale('seconds, made-up pictures: does everything run?', dict(
-        dataset='synthetic', depth=26, width=0.125, image_size=32, batch_size=16, train_examples=40), 0.016, 4, 300, 256),
+        dataset='synthetic', depth=26, width=0.125, image_size=32, batch_size=16, train_examples=40, randaug_magnitude=10),
+        epoch_share=0.016, lr_factor=4, weight_decay_factor=300, randaug_reference=256),
     'laptop': Scale('minutes on two cores, real digits that ship with scikit-learn', dict(
-        dataset='digits', depth=26, width=0.25, image_size=32, batch_size=64, train_examples=100), 0.55, 1, 300, 256),
+        dataset='digits', depth=26, width=0.25, image_size=32, batch_size=32, train_examples=100, randaug_magnitude=10),
+        epoch_share=0.45, lr_factor=4, weight_decay_factor=300, randaug_reference=256),
     'gpu': Scale('about an hour on one accelerator, CIFAR-10 (planned, not yet measured)', dict(
-        dataset='cifar10', depth=50, width=0.5, image_size=32, batch_size=256), 0.1, 1, 5, 256),
-    'paper': Scale('ImageNet as in the paper, a TPU pod (planned)', dict()),
+        dataset='cifar10', depth=50, width=0.5, image_size=32, batch_size=256, randaug_magnitude=10),
+        epoch_share=0.1, weight_decay_factor=10, randaug_reference=256),
+    'paper': Scale('ImageNet as in the paper, a TPU pod (planned, not yet run)', dict()),
 })
 
 

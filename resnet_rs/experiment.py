@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVAL_BATCH', 'CURVE_POINTS', 'RESULT_VERSION', 'hyper_of', 'augmentation', 'predictor', 'Data', 'seeded_data',
-           'train_run', 'Run', 'Experiment', 'plan', 'measure', 'duration', 'run', 'provenance_time',
-           'use_compilation_cache']
+           'train_run', 'Run', 'Experiment', 'plan', 'measure', 'duration', 'Progress', 'run', 'use_compilation_cache']
 
 # %% ../nbs/51_experiment.ipynb #cell-02
 import os
@@ -99,7 +98,7 @@ def _evaluator(config: Config, averaged: bool, data: Data) -> Callable[[Network,
         return evaluate_both(predictor(network, config.dataset), raw, ema if averaged else None, eval_batches(data.held_out, EVAL_BATCH))
     return evaluate
 
-
+# %% ../nbs/51_experiment.ipynb #cell-09
 def train_run(config: Config, values: Effective, seed: int, data: Data, progress: Callable | None = None) -> tuple[Fitted, dict]:
     "Train and evaluate one run; the network, and the outcome as the fields of a record. `Diverged` passes through."
     begin, averaged, info = time.perf_counter(), values.ema_decay > 0, DATASETS[config.dataset]
@@ -118,7 +117,7 @@ def train_run(config: Config, values: Effective, seed: int, data: Data, progress
                         steps=values.steps, seconds=round(seconds, 2),
                         images_per_second=round(values.steps * config.batch_size / seconds, 1))
 
-# %% ../nbs/51_experiment.ipynb #cell-11
+# %% ../nbs/51_experiment.ipynb #cell-12
 RESULT_VERSION = 1
 
 
@@ -132,7 +131,7 @@ class Run:
     data: str  # fingerprint
     key: str
 
-
+# %% ../nbs/51_experiment.ipynb #cell-13
 class Experiment:
     """Rows x seeds at one scale, with records in `results_dir`.
 
@@ -174,7 +173,7 @@ class Experiment:
         found = ((run, self.store.get(run.key)) for run in self.runs)
         return [record | dict(experiment=self.name, row=run.row) for run, record in found if record]
 
-# %% ../nbs/51_experiment.ipynb #cell-13
+# %% ../nbs/51_experiment.ipynb #cell-15
 def plan(experiment: Experiment) -> pd.DataFrame:
     "One line for each row: what it changes, effective values, runs finished and to do."
     lines, before, todo = [], None, {(r.row, r.seed) for r in experiment.pending()}
@@ -189,7 +188,7 @@ def plan(experiment: Experiment) -> pd.DataFrame:
         before = config
     return pd.DataFrame(lines).set_index('row')
 
-
+# %% ../nbs/51_experiment.ipynb #cell-17
 def measure(experiment: Experiment, steps: int = 3) -> float:
     "Compile the networks still needed and time `steps` steps of each; the seconds that the pending runs will take."
     pace = {}
@@ -229,8 +228,8 @@ def duration(seconds: float) -> str:
     if s < 60: return f'{s} s'
     return f'{s // 60} min {s % 60} s' if s < 3600 else f'{s // 3600} h {s % 3600 // 60} min'
 
-# %% ../nbs/51_experiment.ipynb #cell-16
-class _Reporter:
+# %% ../nbs/51_experiment.ipynb #cell-20
+class Progress:
     "Prints a line at the end of a run and every `every` seconds during one, with the time left."
 
     def __init__(self, experiment: Experiment, todo: list[Run], every: float = 15.0):
@@ -255,13 +254,13 @@ class _Reporter:
         what = f"top-1 {record['metrics']['top1']:.1f}%" if record['status'] == 'done' else f"{record['status']}: {record['error']}"
         print(f"{self.done:4}/{len(self.todo)} {record['row']}, seed {record['seed']}: {what}, {self.left(0)}", flush=True)
 
-
+# %% ../nbs/51_experiment.ipynb #cell-22
 def run(experiment: Experiment) -> list[dict]:
     "Train what is pending, one run after another, and return the records of the whole grid."
     use_compilation_cache()
     todo, skipped = experiment.pending(), len(experiment.runs) - len(experiment.pending())
     if skipped: print(f'{skipped} of {len(experiment.runs)} runs are finished already and are skipped', flush=True)
-    reporter, origin = _Reporter(experiment, todo), provenance()
+    reporter, origin = Progress(experiment, todo), provenance()
     for cell in todo:
         data = experiment.data(cell.config, cell.seed)
         try: outcome = train_run(cell.config, cell.effective, cell.seed, data, reporter.step)[1]
@@ -278,17 +277,12 @@ def _record(experiment: Experiment, cell: Run, data: Data, outcome: Mapping[str,
     devices, info = jax.devices(), DATASETS[cell.config.dataset]
     return dict(
         key=cell.key, experiment=experiment.name, row=cell.row, seed=cell.seed, scale=experiment.scale, result_version=RESULT_VERSION,
-        config=asdict(cell.config), effective=asdict(cell.effective), **outcome, **origin | dict(time=provenance_time()),
+        config=asdict(cell.config), effective=asdict(cell.effective), **outcome, **origin | dict(time=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime())),
         device=dict(kind=devices[0].device_kind, count=len(devices)),
         data=dict(name=info.name, source=info.source, fingerprint=cell.data, train_examples=len(data.train),
                   eval_examples=len(data.held_out)))
 
-
-def provenance_time() -> str:
-    "Now, ISO 8601, UTC."
-    return time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime())
-
-
+# %% ../nbs/51_experiment.ipynb #cell-23
 def use_compilation_cache(folder: str | None = None) -> Path:
     "Keep compiled programs in `folder` ($RESNET_RS_CACHE, else ~/.cache/resnet_rs/xla), so that a second start is quick."
     path = Path(folder or os.environ.get('RESNET_RS_CACHE') or '~/.cache/resnet_rs/xla').expanduser()

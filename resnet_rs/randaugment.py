@@ -19,48 +19,60 @@ from jax import lax
 from .config import check_choice
 
 # %% ../nbs/20_randaugment.ipynb #cell-05
-class _Arguments(NamedTuple):
-    "What an operation may need besides the image; all may be traced."
-    magnitude: jax.Array  # M, float32
-    sign: jax.Array       # +1. or -1.
-    centre: jax.Array     # int32[2], row and column
-    translate: jax.Array  # pixels of translation at M = 10
-    cutout: jax.Array     # half side of the cut-out in pixels at M = 10
-
-# %% ../nbs/20_randaugment.ipynb #cell-08
 def _product(a, b):
     "a * b, rounded to float32 before anything is added to it: the bound stops fused multiply-add and reassociation."
     return jnp.maximum(a * b, -1e30)
 
 def _ratio(a, b: float):
-    "a / b by true division, for a positive b that is known when compiling: the bound hides that it is."
+    "a / b by true division, for a scalar a and a positive b known when compiling: the bound hides that b is a constant."
     return a / jnp.maximum(jnp.float32(b), -jnp.abs(a))
 
-def _whole(x):
-    return jnp.floor(x).astype(jnp.int32)
+# %% ../nbs/20_randaugment.ipynb #cell-08
+class _Arguments(NamedTuple):
+    "What an operation may need besides the image."
+    factor: jax.Array     # of the four blends
+    shift: jax.Array      # uint8: bits that Posterize drops
+    threshold: jax.Array  # uint8, of Solarize
+    addition: jax.Array   # int32, of SolarizeAdd
+    degrees: jax.Array    # of Rotate, without sign
+    shear: jax.Array      # without sign
+    pixels: jax.Array     # of TranslateX and TranslateY, without sign
+    half: jax.Array       # int32: half side of the cut-out
+    sign: jax.Array       # +1. or -1.
+    centre: jax.Array     # int32[2], row and column
 
-# %% ../nbs/20_randaugment.ipynb #cell-11
+def _arguments(magnitude, translate, cutout, sign=1., centre=(0, 0)) -> _Arguments:
+    def whole(x): return jnp.floor(x).astype(jnp.int32)
+    m = jnp.asarray(magnitude, jnp.float32)
+    bits = whole(_ratio(m * 4, 10))
+    return _Arguments(
+        factor=_ratio(m * 18 + 10, 100),
+        shift=jnp.where(bits > 8, 7, jnp.minimum(8 - bits, 7)).astype(jnp.uint8),
+        threshold=(whole(_ratio(m * 256, 10)) % 256).astype(jnp.uint8),
+        addition=whole(_ratio(m * 110, 10)) - (m == 23),
+        degrees=m * 3,
+        shear=_ratio(m * 3, 100),
+        pixels=_ratio(m * translate, 10),
+        half=whole(_ratio(m * cutout, 10)),
+        sign=jnp.asarray(sign, jnp.float32), centre=jnp.asarray(centre, jnp.int32))
+
+# %% ../nbs/20_randaugment.ipynb #cell-12
 def _invert(image, a: _Arguments):
     return 255 - image
 
 def _posterize(image, a: _Arguments):
-    bits = _whole(_ratio(a.magnitude * 4, 10))
-    shift = jnp.where(bits > 8, 7, jnp.minimum(8 - bits, 7)).astype(jnp.uint8)
-    return image >> shift << shift
+    return image >> a.shift << a.shift
 
 def _solarize(image, a: _Arguments):
-    threshold = (_whole(_ratio(a.magnitude * 256, 10)) % 256).astype(jnp.uint8)  # the authors compare as uint8: it wraps
-    return jnp.where(image < threshold, image, 255 - image)
+    return jnp.where(image < a.threshold, image, 255 - image)
 
 def _solarize_add(image, a: _Arguments):
-    addition = _whole(_ratio(a.magnitude * 110, 10)) - (a.magnitude == 23)
-    return jnp.where(image < 128, jnp.minimum(image.astype(jnp.int32) + addition, 255).astype(jnp.uint8), image)
+    return jnp.where(image < 128, jnp.minimum(image.astype(jnp.int32) + a.addition, 255).astype(jnp.uint8), image)
 
-# %% ../nbs/20_randaugment.ipynb #cell-16
+# %% ../nbs/20_randaugment.ipynb #cell-15
 def _blend(degenerate, image, a: _Arguments):
-    factor = _ratio(a.magnitude * 18 + 10, 100)
     degenerate = jnp.asarray(degenerate, jnp.float32)
-    blended = degenerate + _product(factor, image.astype(jnp.float32) - degenerate)
+    blended = degenerate + _product(a.factor, image.astype(jnp.float32) - degenerate)
     return jnp.clip(blended, 0, 255).astype(jnp.uint8)
 
 def _color(image, a: _Arguments):
@@ -85,7 +97,7 @@ def _sharpness(image, a: _Arguments):
     smooth = jnp.floor(jnp.clip(smooth, 0, 255))
     return _blend(x.at[1:-1, 1:-1].set(smooth), image, a)  # the border stays as it is
 
-# %% ../nbs/20_randaugment.ipynb #cell-19
+# %% ../nbs/20_randaugment.ipynb #cell-18
 def _auto_contrast(image, a: _Arguments):
     low, high = (f((0, 1)).astype(jnp.float32) for f in (image.min, image.max))
     scale = 255 / jnp.maximum(high - low, 1)
@@ -102,7 +114,7 @@ def _equalize(image, a: _Arguments):
     table = jnp.where(step == 0, jnp.arange(256), table).astype(jnp.uint8)
     return table.reshape(768).at[index].get(mode='promise_in_bounds')
 
-# %% ../nbs/20_randaugment.ipynb #cell-22
+# %% ../nbs/20_randaugment.ipynb #cell-21
 def _warp(image, matrix):
     "Nearest pixel at column = m0 x + m1 y + m2, row = m3 x + m4 y + m5; grey 128 outside."
     height, width = image.shape[:2]
@@ -116,27 +128,26 @@ def _warp(image, matrix):
 
 def _rotate(image, a: _Arguments):
     bottom, right = image.shape[0] - 1, image.shape[1] - 1
-    radians = _product(_product(a.sign * a.magnitude, 3), np.float32(np.pi / 180))
+    radians = _product(_product(a.sign, a.degrees), np.float32(np.pi / 180))
     cos, sin = jnp.cos(radians), jnp.sin(radians)
     left = (right - (_product(cos, right) - _product(sin, bottom))) / 2
     top = (bottom - (_product(sin, right) + _product(cos, bottom))) / 2
     return _warp(image, (cos, -sin, left, sin, cos, top))
 
 def _shear(image, a: _Arguments, across: bool):
-    level = a.sign * _ratio(a.magnitude * 3, 100)
+    level = a.sign * a.shear
     return _warp(image, (1., level, 0., 0., 1., 0.) if across else (1., 0., 0., level, 1., 0.))
 
 def _translate(image, a: _Arguments, across: bool):
-    pixels = a.sign * _ratio(a.magnitude * a.translate, 10)
+    pixels = a.sign * a.pixels
     return _warp(image, (1., 0., pixels, 0., 1., 0.) if across else (1., 0., 0., 0., 1., pixels))
 
 def _cutout(image, a: _Arguments):
-    half = _whole(_ratio(a.magnitude * a.cutout, 10))
     row, column = (lax.broadcasted_iota(jnp.int32, image.shape, axis) - a.centre[axis] for axis in (0, 1))
-    inside = (row >= -half) & (row < half) & (column >= -half) & (column < half)
+    inside = (row >= -a.half) & (row < a.half) & (column >= -a.half) & (column < a.half)
     return jnp.where(inside, jnp.uint8(128), image)
 
-# %% ../nbs/20_randaugment.ipynb #cell-25
+# %% ../nbs/20_randaugment.ipynb #cell-24
 #: the sixteen operations, in the authors' order
 OPS: tuple[str, ...] = (
     'AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'Color', 'Contrast', 'Brightness',
@@ -152,7 +163,7 @@ _TF1 = dict(
 # dialect -> operation -> function
 _DIALECTS: Mapping[str, Mapping[str, Callable]] = MappingProxyType({'tf1': MappingProxyType(_TF1)})
 
-# %% ../nbs/20_randaugment.ipynb #cell-28
+# %% ../nbs/20_randaugment.ipynb #cell-27
 def _number(name: str, value, low: float, high: float):
     "`value` as float32; ValueError if it is known now and outside [low, high]."
     if not isinstance(value, jax.core.Tracer) and not (np.ndim(value) == 0 and low <= value <= high):
@@ -166,10 +177,10 @@ def _check_images(name: str, images, layout: str):
         raise ValueError(f'{name} must be uint8[{axes}] with H and W of 3 or more, got {dtype}{list(shape)}')
 
 @partial(jax.jit, static_argnames=('name', 'dialect'))
-def _apply(name, dialect, image, arguments):
-    return _DIALECTS[dialect][name](image, arguments)
+def _apply(name, dialect, image, *numbers):
+    return _DIALECTS[dialect][name](image, _arguments(*numbers))
 
-# %% ../nbs/20_randaugment.ipynb #cell-29
+# %% ../nbs/20_randaugment.ipynb #cell-28
 def apply_op(
     name: str,  # one of `OPS`
     image: jax.Array,  # uint8[H,W,3]
@@ -192,12 +203,11 @@ def apply_op(
         if centre is None: raise ValueError('Cutout needs centre=(row, column)')
         for what, at, size in zip(('row', 'column'), centre, np.shape(image), strict=False):
             _number(f"the {what} of Cutout's centre", at, 0, size - 1)
-    return _apply(name, dialect, jnp.asarray(image), _Arguments(
-        _number('magnitude', magnitude, 0, 30), jnp.asarray(sign, jnp.float32),
-        jnp.asarray((0, 0) if centre is None else centre, jnp.int32),
-        _number('translate', translate, 0, np.inf), _number('cutout', cutout, 0, np.inf)))
+    return _apply(name, dialect, jnp.asarray(image), _number('magnitude', magnitude, 0, 30),
+                  _number('translate', translate, 0, np.inf), _number('cutout', cutout, 0, np.inf),
+                  jnp.asarray(sign, jnp.float32), jnp.asarray((0, 0) if centre is None else centre, jnp.int32))
 
-# %% ../nbs/20_randaugment.ipynb #cell-42
+# %% ../nbs/20_randaugment.ipynb #cell-41
 class _Draw(NamedTuple):
     "What chance decides for one image: arrays over its layers."
     op: jax.Array  # int32[layers], an index into OPS; len(OPS) means leave the image alone
@@ -205,26 +215,23 @@ class _Draw(NamedTuple):
     centre: jax.Array  # int32[layers,2]
 
 def _draw(key, index, num_layers: int, height: int, width: int, prob) -> _Draw:
-    gate, layers = jax.random.split(jax.random.fold_in(key, index))
-    augmented = jax.random.uniform(gate) < prob
+    chance = jax.random.uniform(jax.random.fold_in(key, index), (1 + num_layers, 4))  # one call: quick to compile
+    op, sign, row, column = chance[1:].T
+    return _Draw(
+        jnp.where(chance[0, 0] < prob, jnp.floor(op * len(OPS)), len(OPS)).astype(jnp.int32),
+        jnp.where(sign < 0.5, 1., -1.),
+        jnp.floor(jnp.stack([row * height, column * width], -1)).astype(jnp.int32))
 
-    def layer(i):
-        op, sign, row, column = jax.random.split(jax.random.fold_in(layers, i), 4)
-        return _Draw(
-            jnp.where(augmented, jax.random.randint(op, (), 0, len(OPS)), len(OPS)),
-            jnp.where(jax.random.bernoulli(sign), 1., -1.),
-            jnp.stack([jax.random.randint(row, (), 0, height), jax.random.randint(column, (), 0, width)]))
-    return jax.vmap(layer)(jnp.arange(num_layers))
-
-# %% ../nbs/20_randaugment.ipynb #cell-43
+# %% ../nbs/20_randaugment.ipynb #cell-42
 @partial(jax.jit, static_argnames=('num_layers', 'dialect', 'form'))
 def _augment(key, images, magnitude, prob, translate, cutout, num_layers, dialect, form=None):
     number, height, width, _ = images.shape
+    arguments = _arguments(magnitude, translate, cutout)  # once: they are the same for all images
     branches = (*(_DIALECTS[dialect][name] for name in OPS), lambda image, a: image)
 
     def one(image, draw):
         def layer(image, d):
-            return lax.switch(d.op, branches, image, _Arguments(magnitude, d.sign, d.centre, translate, cutout)), None
+            return lax.switch(d.op, branches, image, arguments._replace(sign=d.sign, centre=d.centre)), None
         return lax.scan(layer, image, draw)[0]
 
     draws = jax.vmap(partial(_draw, num_layers=num_layers, height=height, width=width, prob=prob), (None, 0))(
@@ -233,7 +240,7 @@ def _augment(key, images, magnitude, prob, translate, cutout, num_layers, dialec
     if form: return forms[form](images, draws)
     return lax.platform_dependent(images, draws, cpu=forms['switch'], default=forms['select'])
 
-# %% ../nbs/20_randaugment.ipynb #cell-44
+# %% ../nbs/20_randaugment.ipynb #cell-43
 def rand_augment(
     key: jax.Array,  # random key
     images: jax.Array,  # uint8[N,H,W,3]

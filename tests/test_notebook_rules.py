@@ -62,7 +62,7 @@ FLOORS = {0: set(),
           2: {'jax', 'numpy', 'grain', 'tensorflow_datasets', 'PIL', 'sklearn', 'array_record', 'absl', 'etils'},
           3: {'jax', 'optax', 'orbax', 'numpy', 'flax'},
           4: {'jax', 'flax', 'optax', 'numpy', 'scipy', 'sklearn'},
-          5: {'jax', 'flax', 'optax', 'numpy', 'joblib', 'tqdm'}}
+          5: {'jax', 'flax', 'optax', 'numpy', 'joblib', 'pandas', 'tqdm'}}
 PACKAGES = {'papermill': {'papermill'},         # its base class, imported when papermill asks for the engine
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'}}
 NO_JAX = ('evidence', 'records', 'report')      # evidence is read where there is no accelerator, and quickly
