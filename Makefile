@@ -23,10 +23,10 @@ run: $(STAMP)       ## re-run the paper's Table 1 on the embedded data (SCALE=sm
 	$(BIN)/papermill nbs/ablation.ipynb -p scale $(or $(SCALE),laptop) -p seeds $(or $(SEEDS),3) -p results_dir $(RESULTS)
 
 test: $(STAMP)      ## sync of notebooks and library, every notebook, and tests/
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP) ## what carries the slow flag
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lab: $(STAMP)       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -20,11 +20,10 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from .config import DIALECTS, SCALES, Config, Effective, effective
+from .config import DIALECTS, Config, Effective, effective
 from .evaluate import evaluate_both
 from .images import DATASETS, Arrays, batches, eval_batches, load, normalise, random_flip, subset
 from .optim import SCHEDULES
-from .papermill import project_root
 from .provenance import content_key, provenance
 from .randaugment import rand_augment
 from .records import FINISHED, Records
@@ -94,25 +93,31 @@ def _loaded(name, split, image_size, data_dir): return load(name, split, image_s
 def _evaluator(config: Config, averaged: bool, data: Data) -> Callable[[Network, State], dict]:
     "Evaluation of a state during training: of the weights that the row reports; at the end of raw and averaged ones."
     def evaluate(network, state):
-        raw, ema = (state.params, state.stats), (state.ema_params, state.ema_stats)
-        return evaluate_both(predictor(network, config.dataset), raw, ema if averaged else None, eval_batches(data.held_out, EVAL_BATCH))
+        ema = (state.ema_params, state.ema_stats) if averaged else None
+        held_out = eval_batches(data.held_out, EVAL_BATCH)
+        return evaluate_both(predictor(network, config.dataset), (state.params, state.stats), ema, held_out)
+
     return evaluate
 
 # %% ../nbs/51_experiment.ipynb #cell-09
-def train_run(config: Config, values: Effective, seed: int, data: Data, progress: Callable | None = None) -> tuple[Fitted, dict]:
+def train_run(config: Config, values: Effective, seed: int, data: Data,
+              progress: Callable | None = None) -> tuple[Fitted, dict]:
     "Train and evaluate one run; the network, and the outcome as the fields of a record. `Diverged` passes through."
-    begin, averaged, info = time.perf_counter(), values.ema_decay > 0, DATASETS[config.dataset]
-    stops = sorted({max(1, round(values.steps * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)})
-    fitted = fit(from_config(config, info.classes, nnx.Rngs(seed)), batches(data.train, config.batch_size, values.steps, seed),
+    begin, classes = time.perf_counter(), DATASETS[config.dataset].classes
+    stops = {max(1, round(values.steps * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
+    fitted = fit(from_config(config, classes, nnx.Rngs(seed)), batches(data.train, config.batch_size, values.steps, seed),
                  hyper_of(values), augment=augmentation(config.dataset, values.randaug_layers, config.dialect), seed=seed,
-                 dialect=config.dialect, evaluate=_evaluator(config, averaged, data), evaluate_at=stops, progress=progress)
+                 dialect=config.dialect, evaluate=_evaluator(config, values.ema_decay > 0, data), evaluate_at=stops,
+                 progress=progress)
     seconds, raw, ema = time.perf_counter() - begin, *(fitted.evaluations[-1][1][k] for k in ('raw', 'ema'))
     final, thin = ema or raw, slice(None, None, max(1, values.steps // 100))
     metrics = dict(top1=final['top1'], top5=final['top5'], top1_raw=raw['top1'], top5_raw=raw['top5'],
                    top1_ema=ema and ema['top1'], top5_ema=ema and ema['top5'], loss=float(fitted.losses[-10:].mean()),
-                   eval_loss=final['loss'], weight_norm=fitted.weight_norm(config.dialect), predicted_classes=final['predicted_classes'])
+                   eval_loss=final['loss'], weight_norm=fitted.weight_norm(config.dialect),
+                   predicted_classes=final['predicted_classes'])
+    looks = [(step, e['ema'] or e['raw']) for step, e in fitted.evaluations]
     curve = dict(step=list(range(1, values.steps + 1))[thin], train_loss=[round(float(v), 5) for v in fitted.losses[thin]],
-                 eval_step=[s for s, _ in fitted.evaluations], top1=[(e['ema'] or e['raw'])['top1'] for _, e in fitted.evaluations])
+                 eval_step=[step for step, _ in looks], top1=[e['top1'] for _, e in looks])
     return fitted, dict(status='done', error=None, metrics=metrics, curve=curve, weights_sha256=fitted.weights_sha256(),
                         steps=values.steps, seconds=round(seconds, 2),
                         images_per_second=round(values.steps * config.batch_size / seconds, 1))
@@ -133,13 +138,11 @@ class Run:
 
 # %% ../nbs/51_experiment.ipynb #cell-13
 class Experiment:
-    """Rows x seeds at one scale, with records in `results_dir`.
+    """Rows x seeds at one scale, with records in `results_dir`. Before any training: ValueError for an unknown scale,
+    data set or value, RecordsError for a folder that cannot be written."""
 
-    ValueError for an unknown scale, data set or value, RecordsError for a folder that cannot be written; both before any training.
-    """
-
-    def __init__(self, name: str, rows: Mapping[str, Config], *, scale: str, seeds: int | Iterable[int], results_dir: str | Path,
-                 data_dir: str | None = None):
+    def __init__(self, name: str, rows: Mapping[str, Config], *, scale: str, seeds: int | Iterable[int],
+                 results_dir: str | Path, data_dir: str | None = None):
         self.name, self.rows, self.scale, self.data_dir = name, dict(rows), scale, data_dir or None
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if not self.seeds or not self.rows: raise ValueError('an experiment needs at least one row and one seed')
@@ -179,14 +182,19 @@ def plan(experiment: Experiment) -> pd.DataFrame:
     lines, before, todo = [], None, {(r.row, r.seed) for r in experiment.pending()}
     for row, config in experiment.rows.items():
         e = next(r.effective for r in experiment.runs if r.row == row)
-        changed = {f.name: getattr(config, f.name) for f in fields(config) if before and getattr(config, f.name) != getattr(before, f.name)}
         left = sum((row, seed) in todo for seed in experiment.seeds)
-        lines.append({'row': row, 'change': ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in changed.items()),
-                      'steps': e.steps, 'peak lr': e.peak_lr, 'weight decay': config.weight_decay, 'effective': e.weight_decay,
-                      'e-foldings': round(e.decay_times(), 1), 'EMA': round(e.ema_decay, 4), 'finished': len(experiment.seeds) - left,
-                      'to run': left})
+        lines.append({'row': row, 'change': _changes(before or config, config), 'steps': e.steps, 'warm-up': e.warmup_steps,
+                      'peak lr': e.peak_lr, 'weight decay': config.weight_decay, 'effective decay': round(e.weight_decay, 6),
+                      'e-foldings': round(e.decay_times(), 1), 'effective EMA': round(e.ema_decay, 4),
+                      'finished': len(experiment.seeds) - left, 'to run': left})
         before = config
     return pd.DataFrame(lines).set_index('row')
+
+
+def _changes(before: Config, after: Config) -> str:
+    "What differs, as text: 'epochs=350, schedule=cosine'."
+    pairs = ((f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(after))
+    return ', '.join(f'{n}={new:g}' if isinstance(new, float) else f'{n}={new}' for n, old, new in pairs if new != old)
 
 # %% ../nbs/51_experiment.ipynb #cell-17
 def measure(experiment: Experiment, steps: int = 3) -> float:
@@ -195,8 +203,8 @@ def measure(experiment: Experiment, steps: int = 3) -> float:
     for run in {_architecture(r.config): r for r in experiment.pending()}.values():
         data = experiment.data(run.config, run.seed)
         network, params, stats = split(from_config(run.config, DATASETS[run.config.dataset].classes, nnx.Rngs(0)))
-        step = compiled_step(network, cross_entropy, augmentation(run.config.dataset, run.effective.randaug_layers, run.config.dialect),
-                             run.config.dialect)
+        augment = augmentation(run.config.dataset, run.effective.randaug_layers, run.config.dialect)
+        step = compiled_step(network, cross_entropy, augment, run.config.dialect)
         state, hyper, key = initial_state(params, stats), hyper_of(run.effective).traced(), jax.random.key(0)
         drawn = list(batches(data.train, run.config.batch_size, 1 + steps, 0))
         for i, batch in enumerate(drawn):
@@ -251,7 +259,8 @@ class Progress:
     def end(self, record: dict) -> None:
         "After a run."
         self.done, self.last = self.done + 1, time.monotonic()
-        what = f"top-1 {record['metrics']['top1']:.1f}%" if record['status'] == 'done' else f"{record['status']}: {record['error']}"
+        done = record['status'] == 'done'
+        what = f"top-1 {record['metrics']['top1']:.1f}%" if done else f"{record['status']}: {record['error']}"
         print(f"{self.done:4}/{len(self.todo)} {record['row']}, seed {record['seed']}: {what}, {self.left(0)}", flush=True)
 
 # %% ../nbs/51_experiment.ipynb #cell-22
@@ -275,9 +284,10 @@ def run(experiment: Experiment) -> list[dict]:
 def _record(experiment: Experiment, cell: Run, data: Data, outcome: Mapping[str, Any], origin: Mapping[str, Any]) -> dict:
     "Everything a reader of this run will want to know."
     devices, info = jax.devices(), DATASETS[cell.config.dataset]
+    now = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime()))
     return dict(
-        key=cell.key, experiment=experiment.name, row=cell.row, seed=cell.seed, scale=experiment.scale, result_version=RESULT_VERSION,
-        config=asdict(cell.config), effective=asdict(cell.effective), **outcome, **origin | dict(time=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime())),
+        key=cell.key, experiment=experiment.name, row=cell.row, seed=cell.seed, scale=experiment.scale,
+        result_version=RESULT_VERSION, config=asdict(cell.config), effective=asdict(cell.effective), **outcome, **origin | now,
         device=dict(kind=devices[0].device_kind, count=len(devices)),
         data=dict(name=info.name, source=info.source, fingerprint=cell.data, train_examples=len(data.train),
                   eval_examples=len(data.held_out)))

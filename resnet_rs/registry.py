@@ -30,7 +30,7 @@ def create_model(
     *,
     rngs: nnx.Rngs | None = None,  # source of the initial weights; `nnx.Rngs(0)` if None
     dialect: str = 'paper',  # whose reading of the details
-    **overrides,  # of the network: width, blocks, activation, drop_path, dropout, se_ratio, stem, shortcut, dtype, param_dtype ...
+    **overrides,  # of the network: width, blocks, activation, drop_path, dropout, se_ratio, dtype, param_dtype ...
 ) -> ResNet:  # in training mode; call `.eval()` for inference
     """A network of the paper: [N, H, W, 3] float, normalised -> logits [N, num_classes] float32 (float64 where `param_dtype` is).
 

@@ -101,7 +101,7 @@ def ema_decay(
     step,  # updates made so far, the one just made included; may be traced
     decay,  # the decay aimed at, in [0, 1); 0 makes the average follow the weights exactly
 ):  # scalar in [0, decay]
-    "The decay used at `step`: min(decay, (1 + step) / (10 + step)). Source: authors' `resnet_main.py`, TF's ExponentialMovingAverage."
+    "The decay used at `step`: min(decay, (1 + step) / (10 + step)), as TensorFlow's ExponentialMovingAverage has it."
     return jnp.minimum(decay, (1 + step) / (10 + step))
 
 

@@ -83,7 +83,6 @@ def ladder_table(records: Iterable[Mapping], rows: Iterable[str] | None = None) 
 # %% ../nbs/52_report.ipynb #cell-11
 _WORD_COLORS = {'agrees': GROUP_COLORS['regularization'], 'disagrees': '#d55e00', 'inconclusive': '#767676', 'not run': '#767676'}
 
-
 def _cell(value, name: str, low: float, high: float) -> str:
     if isinstance(value, str) or pd.isna(value):
         return value if isinstance(value, str) else '—'

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .blocks import Bottleneck, Conv, Stem, Style
+from .blocks import Bottleneck, Stem, Style
 from .config import DEPTHS, DIALECTS, VARIANTS, check_choice
 from .regularizers import dropout, drop_path_shares
 
@@ -64,11 +64,10 @@ class ResNet(nnx.Module):
         drop_path = self.drop_path if drop_path is None else drop_path
         rate = self.dropout if dropout is None else dropout
         if self.deterministic: key = None
-        elif key is None and not (isinstance(drop_path, (int, float)) and isinstance(rate, (int, float)) and drop_path == rate == 0):
-            raise ValueError('training with stochastic depth or dropout needs key=jax.random.key(...); model.eval() switches both off')
+        elif key is None and any(not isinstance(r, (int, float)) or r for r in (drop_path, rate)):
+            raise ValueError('stochastic depth and dropout need key=jax.random.key(...); model.eval() switches both off')
         x, depth = self.stem(images, bn_momentum), 0
-        for stage in self.stages:
-            for block in stage:
-                block_key = None if key is None else jax.random.fold_in(key, depth)
-                x, depth = block(x, drop_rate=drop_path, key=block_key, bn_momentum=bn_momentum), depth + 1
+        for block in (block for stage in self.stages for block in stage):
+            block_key = None if key is None else jax.random.fold_in(key, depth)
+            x, depth = block(x, drop_rate=drop_path, key=block_key, bn_momentum=bn_momentum), depth + 1
         return self.head(x, rate, None if key is None else jax.random.fold_in(key, depth))

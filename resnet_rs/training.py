@@ -97,7 +97,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, hyper: Hyper) -> jax.Arr
     "The default loss, [N]: cross-entropy with `hyper.label_smoothing`."
     return smoothed_cross_entropy(logits, labels, hyper.label_smoothing)
 
-
+# %% ../nbs/34_training.ipynb #cell-12
 @lru_cache(maxsize=32)
 def compiled_step(network: Network, loss: Callable, augment: Callable, dialect: str) -> Callable:
     """The training step: (state, images, labels, hyper, key) -> (state, mean loss), jitted; `state` is donated.
@@ -131,7 +131,7 @@ def learning_rate(hyper: Hyper, step) -> jax.Array:
     "The learning rate of the update made at `step` (counted from 0), a scalar."
     return schedule(hyper.schedule, hyper.peak_lr, hyper.total_steps, hyper.warmup_steps)(step)
 
-# %% ../nbs/34_training.ipynb #cell-18
+# %% ../nbs/34_training.ipynb #cell-19
 class Diverged(RuntimeError):
     "The loss is no longer finite; carries `step` and `learning_rate`."
 
@@ -164,7 +164,7 @@ class Fitted:
         "Euclidean norm of the raw weights that weight decay reaches."
         return float(weight_norm(self.state.params, dialect))
 
-# %% ../nbs/34_training.ipynb #cell-19
+# %% ../nbs/34_training.ipynb #cell-20
 def fit(
     model: nnx.Module,  # its arrays are the start; it is not changed
     batches: Iterable,  # of (images, labels), as the pipeline gives them: one per step
@@ -187,7 +187,7 @@ def fit(
     step_fn, key, total = compiled_step(network, loss, augment, dialect), jax.random.key(seed), int(hyper.total_steps)
     state, traced, losses, evaluations = initial_state(params, stats), hyper.traced(), [], []
     evaluate_at = set(evaluate_at)
-    looks = evaluate_at | set(range(0, total, max(total // 20, 1))) | {total}
+    looks = evaluate_at | set(range(0, total, max(total // 20, 1))) | {total}  # steps after which the host waits
     batches = iter(batches)
     for done in range(1, total + 1):
         try: images, labels = next(batches)

@@ -182,9 +182,9 @@ def test_one_gradient_loop():
     assert not list(gradients('grad = 1; grad.vjp'))
     where = {path.stem: lines for path in MODULES if (lines := list(gradients(path.read_text(encoding='utf-8'))))}
     where |= {path.name: [i] for path in EXPERIMENTS for i, source, _ in code_cells(path) if list(gradients(source))}
-    tell([f'{name}, line {lines[0]}: take the gradient in 34_train (fit takes the loss)'
-          for name, lines in where.items() if name != 'train'])
-    assert 'train' in where or 'train' not in ROOMS, '34_train takes no gradient: this test looks for the wrong thing'
+    tell([f'{name}, line {lines[0]}: take the gradient in 34_training (fit takes the loss)'
+          for name, lines in where.items() if name != 'training'])
+    assert 'training' in where or 'training' not in ROOMS, '34_training takes no gradient: this test looks for the wrong thing'
 
 
 # --- names and sizes -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def lines_of(node):
 
 @every_notebook
 def test_sizes_of_notebooks(path):
-    longest = 60 if stem(path) in ('blocks', 'train') and is_room(path) else 40
+    longest = 60 if stem(path) in ('blocks', 'training') and is_room(path) else 40
     count = len(read(path)['cells'])
     problems = [f'nbs/{path.name} has {count} cells, at most 70: make it two notebooks'] * (count > 70)
     for index, source, exported in code_cells(path):
