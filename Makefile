@@ -37,8 +37,10 @@ record: $(STAMP)    ## pack finished runs from $(RESULTS) into results/, the com
 bench: $(STAMP)     ## ratios measured on this machine
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
-readme: $(STAMP)    ## README.md from nbs/index.ipynb
-	$(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --TemplateExporter.exclude_raw=True --RegexRemovePreprocessor.patterns='^#\|\s*hide' --output-dir . --output README nbs/index.ipynb
+readme: $(STAMP)    ## README.md from nbs/index.ipynb, run anew
+	$(BIN)/python -m jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb
+	$(BIN)/python -m jupyter nbconvert --log-level ERROR --to markdown --TemplateExporter.exclude_raw=True --RegexRemovePreprocessor.patterns='^#\|\s*hide' --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input --NbConvertApp.output_files_dir=docs/images --output-dir . --output README nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 
 lock:               ## renew requirements.lock (needs uv on the path)
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-header --annotation-style line setup.py -o requirements.lock

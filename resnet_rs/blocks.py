@@ -88,7 +88,7 @@ class ConvNorm(nnx.Module):
 
 # %% ../nbs/11_blocks.ipynb #cell-14
 class SqueezeExcite(nnx.Module):
-    "Gate each channel of [N, *space, C] by a sigmoid of its image's pooled channels (paper section 3.2, ratio 0.25)."
+    "Gate each channel of [N, *space, C] by a sigmoid of its image's pooled channels (paper section 4.1, ratio 0.25)."
 
     def __init__(self, channels: int, ratio: float = 0.25, *, style: Style):
         hidden = max(1, int(channels * ratio))

@@ -167,7 +167,7 @@ def ladder(
         rows[row] = config
     return rows
 
-# %% ../nbs/01_config.ipynb #cell-29
+# %% ../nbs/01_config.ipynb #cell-31
 @dataclass(frozen=True)
 class Scale:
     "What a scale changes in every row, and how it carries the paper's constants over."
@@ -199,7 +199,7 @@ def scaled(config: Config, scale: str, **overrides) -> Config:
     changes = dict(SCALES[check_choice('scale', scale, SCALES)].settings)
     return config.replace(**changes | {k: v for k, v in overrides.items() if v is not None})
 
-# %% ../nbs/01_config.ipynb #cell-32
+# %% ../nbs/01_config.ipynb #cell-34
 @dataclass(frozen=True)
 class Effective:
     "What the training loop uses; in a record beside the configuration in the paper's units."
@@ -225,7 +225,7 @@ class Effective:
         mean = {'cosine': 0.5, 'step': (1 + 0.1) / 3 + 0.01 * 2 / 9 + 0.001 / 9}[self.schedule]
         return self.steps * self.peak_lr * mean * self.weight_decay / (1 - self.momentum)
 
-# %% ../nbs/01_config.ipynb #cell-33
+# %% ../nbs/01_config.ipynb #cell-35
 PAPER_IMAGES, _PAPER_BATCH = 1_281_167, 4096  # ImageNet's training set; the authors' batch
 
 

@@ -49,7 +49,7 @@ DATASETS: dict[str, ImageSet] = {s.name: s for s in (
     ImageSet('digits', 10, 8, False, (0.3053,) * 3, (0.3770,) * 3, dict(train=400, tune=397, test=1000),
              "scikit-learn's load_digits: 1,797 handwritten digits of 13 people, the test part of UCI's Optical Recognition of "
              'Handwritten Digits (Alpaydin and Kaynak, 1998)',
-             'ships with scikit-learn (BSD-3-Clause); UCI Machine Learning Repository, CC BY 4.0',
+             'ships with scikit-learn (BSD-3-Clause); for the original, see the terms of the UCI Machine Learning Repository',
              'sklearn_digits', dict(train='train', tune='tune', test='test')),
     ImageSet('synthetic', 10, 16, False, (0.4632, 0.4998, 0.4806), (0.2250, 0.2205, 0.2274), dict(train=256, tune=128, test=256),
              'MADE UP: patterns drawn by resnet_rs.images, for tests only; says nothing about images', 'none needed'),

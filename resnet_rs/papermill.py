@@ -249,3 +249,10 @@ class Guard:
         if problems: raise ParameterError(*problems)
         self.passed = True
         return SimpleNamespace(**values)
+
+    def __enter__(self): return self
+
+    def __exit__(self, kind, error, traceback):
+        "`with guard:` around what the parameters build: a ValueError or OSError there is shown as its one line, too."
+        if isinstance(error, (ValueError, OSError)) and not isinstance(error, ParameterError):
+            raise ParameterError(str(error)) from None

@@ -21,7 +21,7 @@ def drop_path(
     rate,  # probability in [0, 1) that an image's branch is dropped; may be traced
     key: jax.Array,  # random key
 ) -> jax.Array:  # [N, ...] `x / (1 - rate)` for the images kept, 0 for the others
-    "Stochastic depth (paper section 3.1): drop the branch of whole images. Source: authors' `resnet_layers.py`."
+    "Stochastic depth (paper section 4.2): drop the branch of whole images. Source: authors' `resnet_layers.py`."
     keep = jax.random.uniform(key, (x.shape[0],) + (1,) * (x.ndim - 1)) >= rate
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
@@ -53,7 +53,7 @@ def smoothed_cross_entropy(
     labels: jax.Array,  # [N] integer classes, or [N, K] probabilities
     smoothing=0.0,  # epsilon in [0, 1); may be traced
 ) -> jax.Array:  # [N] nats, in the type of `logits` (at least float32)
-    "Cross-entropy against targets that are mixed with the uniform distribution (paper section 3.1, Table 10)."
+    "Cross-entropy against targets that are mixed with the uniform distribution (paper section 4.2, Table 10)."
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     target = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) if labels.ndim == 1 else labels
     target = target * (1 - smoothing) + smoothing / logits.shape[-1]
@@ -67,8 +67,8 @@ class BatchNorm(nnx.Module):
                  scale_init: float = 1.0, param_dtype=jnp.float32):
         self.scale = nnx.Param(jnp.full(channels, scale_init, param_dtype))
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
-        self.mean = nnx.BatchStat(jnp.zeros(channels, param_dtype))
-        self.var = nnx.BatchStat(jnp.ones(channels, param_dtype))
+        wide = jnp.promote_types(param_dtype, jnp.float32)  # statistics need the precision
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(channels, wide)), nnx.BatchStat(jnp.ones(channels, wide))
         self.momentum, self.epsilon, self.group_size = momentum, epsilon, group_size
         self.use_running_average = False
 

@@ -29,7 +29,8 @@ class Classifier(nnx.Module):
         "Logits; no `key`, no dropout."
         x = x.mean(tuple(range(1, x.ndim - 1)))
         if key is not None: x = dropout(x, rate, key)
-        return (x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)).astype(self.kernel.dtype)
+        logits = x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return logits.astype(jnp.promote_types(self.kernel[...].dtype, jnp.float32))
 
 # %% ../nbs/12_resnet.ipynb #cell-06
 class ResNet(nnx.Module):

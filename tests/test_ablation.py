@@ -122,14 +122,15 @@ def test_the_parameter_does_something(first, tmp_path):
       'weight_decay = -1.0 is out of range: 0 <= weight_decay <= 1', 'seeds = 0 is out of range', "rows = 'cosin' is not one of",
       "did you mean 'cosine'?", "dataset = 'digit' is not one of", "depth = 'fifty'", "epochs = 'zero' is not a number"]),
     ('-p scale smoke -p results_dir setup.py/results',
-     ['results folder setup.py/results cannot be written to', 'setup.py is a file']),
-    ('-p scale paper', ["unknown in-memory data set 'imagenet2012'"]),
+     ['ParameterError: results folder setup.py/results cannot be written to', 'setup.py is a file']),
+    ('-p scale paper', ["ParameterError: unknown in-memory data set 'imagenet2012'"]),
 ], ids=['parameters', 'folder', 'data'])
 def test_wrong_input_stops_before_training(args, says, tmp_path):
     done = papermill(tmp_path / 'out.ipynb', *args.split())
     assert done.returncode != 0
     for line in says: assert line in done.stdout, done.stdout[-2500:]
     assert 'runs to do' not in done.stdout and not list(tmp_path.glob('*.json'))
+    for frame in ('PapermillExecutionError', 'experiment.py', 'Cell In['): assert frame not in done.stdout, 'only lines'
 
 
 def test_the_training_methods_compile_once(tmp_path, caplog):
