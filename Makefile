@@ -31,6 +31,9 @@ test-slow: $(STAMP) ## what carries the slow flag
 lab: $(STAMP)       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs
 
+docs: $(STAMP)      ## the site, built offline into _docs/
+	$(BIN)/python docs/build.py
+
 record: $(STAMP)    ## pack finished runs from $(RESULTS) into results/, the committed evidence
 	$(BIN)/python -m resnet_rs.records $(RESULTS) results $(if $(ALLOW_DIRTY),--allow-dirty)
 
