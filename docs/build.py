@@ -38,7 +38,7 @@ def copy_project(root):
     for source, page in pages.items():
         text = (root / source).read_text(encoding='utf-8').replace('"hide_input"', '"remove-input"')  # smalldocs' word
         book = json.loads(text) if page.endswith('.ipynb') else {'cells': []}
-        book['cells'][:1] = [{**cell, 'source': [part]} for cell in book['cells'][:1]  # nbdev drops what follows title and summary
+        book['cells'][:1] = [{**cell, 'source': [part]} for cell in book['cells'][:1]  # nbdev drops what follows the summary
                              for part in re.split(r'\n\n(?!>)', ''.join(cell['source']), maxsplit=1)]
         for cell in book['cells']:  # only the library is run, of the rest what is saved is shown
             if cell['cell_type'] == 'code' and not re.match(r'#\|\s*export', ''.join(cell['source'])):
