@@ -29,8 +29,8 @@ def check_choice(
 # %% ../nbs/01_config.ipynb #cell-08
 #: depth -> blocks in the four stages
 DEPTHS: Mapping[int, tuple[int, int, int, int]] = MappingProxyType({
-    26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3), 270: (4, 29, 53, 4),
-    300: (4, 36, 54, 4), 350: (4, 36, 72, 4), 400: (6, 48, 72, 6), 420: (4, 44, 87, 4)})
+    14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3),
+    270: (4, 29, 53, 4), 300: (4, 36, 54, 4), 350: (4, 36, 72, 4), 400: (6, 48, 72, 6), 420: (4, 44, 87, 4)})
 
 #: family -> the architecture switches that make it: the plain network of the baseline, and ResNet-D with squeeze-and-excite
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
@@ -182,7 +182,7 @@ class Scale:
 #: name -> Scale
 SCALES: Mapping[str, Scale] = MappingProxyType({
     'smoke': Scale('seconds, made-up pictures: does everything run?', dict(
-        dataset='synthetic', depth=26, width=0.125, image_size=32, batch_size=16, train_examples=40, randaug_magnitude=10),
+        dataset='synthetic', depth=14, width=0.125, image_size=32, batch_size=16, train_examples=40, randaug_magnitude=10),
         epoch_share=0.016, lr_factor=4, weight_decay_factor=300, randaug_reference=256),
     'laptop': Scale('minutes on two cores, real digits that ship with scikit-learn', dict(
         dataset='digits', depth=26, width=0.25, image_size=32, batch_size=32, train_examples=100, randaug_magnitude=10),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVAL_BATCH', 'CURVE_POINTS', 'RESULT_VERSION', 'hyper_of', 'augmentation', 'predictor', 'Data', 'seeded_data',
-           'train_run', 'Run', 'Experiment', 'plan', 'measure', 'duration', 'Progress', 'run', 'use_compilation_cache']
+           'train_run', 'Run', 'Experiment', 'use_compilation_cache', 'plan', 'measure', 'duration', 'Progress', 'run']
 
 # %% ../nbs/51_experiment.ipynb #cell-02
 import os
@@ -28,7 +28,8 @@ from .provenance import content_key, provenance
 from .randaugment import rand_augment
 from .records import FINISHED, Records
 from .registry import from_config
-from .training import Diverged, Fitted, Hyper, Network, State, compiled_step, cross_entropy, fit, initial_state, split
+from .training import (Diverged, Fitted, Hyper, Network, State, compiled_augment, compiled_step, cross_entropy, fit,
+                                initial_state, split)
 
 # %% ../nbs/51_experiment.ipynb #cell-05
 def hyper_of(values: Effective) -> Hyper:
@@ -48,7 +49,6 @@ def augmentation(dataset: str, layers: int, dialect: str) -> Callable:
         images = rand_augment(ops_key, images, layers, hyper.randaug_magnitude, ops, hyper.randaug_prob, hyper.translate_px,
                               hyper.cutout_px)
         return normalise(images, info.mean, info.std)
-
     return augment
 
 
@@ -62,11 +62,10 @@ def predictor(network: Network, dataset: str) -> Callable:
         model = network.rebuild(*variables)
         model.eval()
         return model(normalise(images, info.mean, info.std))
-
     return predict
 
 # %% ../nbs/51_experiment.ipynb #cell-08
-EVAL_BATCH = 250
+EVAL_BATCH = 256
 CURVE_POINTS = 4  # evaluations during a run, the last one included
 
 
@@ -86,8 +85,7 @@ def seeded_data(config: Config, seed: int, data_dir=None, held_out: str = 'test'
     return Data(subset(train, config.train_examples, seed), _loaded(config.dataset, held_out, config.image_size, data_dir))
 
 
-@lru_cache
-def _loaded(name, split, image_size, data_dir): return load(name, split, image_size, data_dir)
+_loaded = lru_cache(load)
 
 
 def _evaluator(config: Config, averaged: bool, data: Data) -> Callable[[Network, State], dict]:
@@ -96,7 +94,6 @@ def _evaluator(config: Config, averaged: bool, data: Data) -> Callable[[Network,
         ema = (state.ema_params, state.ema_stats) if averaged else None
         held_out = eval_batches(data.held_out, EVAL_BATCH)
         return evaluate_both(predictor(network, config.dataset), (state.params, state.stats), ema, held_out)
-
     return evaluate
 
 # %% ../nbs/51_experiment.ipynb #cell-09
@@ -138,9 +135,9 @@ class Run:
 
 # %% ../nbs/51_experiment.ipynb #cell-13
 class Experiment:
-    """Rows x seeds at one scale, with records in `results_dir`. Before any training: ValueError for an unknown scale,
-    data set or value, RecordsError for a folder that cannot be written."""
+    """Rows x seeds at one scale, with records in `results_dir`.
 
+    Before any training: ValueError for an unknown data set or value, RecordsError for a folder that cannot be written."""
     def __init__(self, name: str, rows: Mapping[str, Config], *, scale: str, seeds: int | Iterable[int],
                  results_dir: str | Path, data_dir: str | None = None):
         self.name, self.rows, self.scale, self.data_dir = name, dict(rows), scale, data_dir or None
@@ -158,9 +155,7 @@ class Experiment:
                           result_version=RESULT_VERSION)
         return Run(row, seed, config, values, data.fingerprint(), key)
 
-    def data(self, config: Config, seed: int) -> Data:
-        "What the runs of `seed` learn from and are judged on."
-        return seeded_data(config, seed, self.data_dir)
+    def data(self, config: Config, seed: int) -> Data: return seeded_data(config, seed, self.data_dir)
 
     def finished(self, run: Run) -> dict | None:
         "The run's record if it is finished."
@@ -176,7 +171,15 @@ class Experiment:
         found = ((run, self.store.get(run.key)) for run in self.runs)
         return [record | dict(experiment=self.name, row=run.row) for run, record in found if record]
 
-# %% ../nbs/51_experiment.ipynb #cell-15
+# %% ../nbs/51_experiment.ipynb #cell-14
+def use_compilation_cache(folder: str | None = None) -> Path:
+    "Keep compiled programs in `folder` ($RESNET_RS_CACHE, else ~/.cache/resnet_rs/xla), so that a second start is quick."
+    path = Path(folder or os.environ.get('RESNET_RS_CACHE') or '~/.cache/resnet_rs/xla').expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(path))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)  # small ones are many
+    return path
+
+# %% ../nbs/51_experiment.ipynb #cell-16
 def plan(experiment: Experiment) -> pd.DataFrame:
     "One line for each row: what it changes, effective values, runs finished and to do."
     lines, before, todo = [], None, {(r.row, r.seed) for r in experiment.pending()}
@@ -196,27 +199,32 @@ def _changes(before: Config, after: Config) -> str:
     pairs = ((f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(after))
     return ', '.join(f'{n}={new:g}' if isinstance(new, float) else f'{n}={new}' for n, old, new in pairs if new != old)
 
-# %% ../nbs/51_experiment.ipynb #cell-17
+# %% ../nbs/51_experiment.ipynb #cell-18
 def measure(experiment: Experiment, steps: int = 3) -> float:
     "Compile the networks still needed and time `steps` steps of each; the seconds that the pending runs will take."
-    pace = {}
-    for run in {_architecture(r.config): r for r in experiment.pending()}.values():
-        data = experiment.data(run.config, run.seed)
-        network, params, stats = split(from_config(run.config, DATASETS[run.config.dataset].classes, nnx.Rngs(0)))
-        augment = augmentation(run.config.dataset, run.effective.randaug_layers, run.config.dialect)
-        step = compiled_step(network, cross_entropy, augment, run.config.dialect)
-        state, hyper, key = initial_state(params, stats), hyper_of(run.effective).traced(), jax.random.key(0)
-        drawn = list(batches(data.train, run.config.batch_size, 1 + steps, 0))
-        for i, batch in enumerate(drawn):
-            if i == 1: begin = time.perf_counter()
-            state, loss = step(state, *batch, hyper, key)
-            loss.block_until_ready()
-        pace[_architecture(run.config)] = (time.perf_counter() - begin) / steps
-        _evaluator(run.config, False, data)(network, state)
+    use_compilation_cache()
+    needed = {_architecture(r.config): r for r in experiment.pending()}
+    pace = {name: _seconds_a_step(experiment, run, steps) for name, run in needed.items()}
     experiment.pace = {row: pace[_architecture(c)] for row, c in experiment.rows.items() if _architecture(c) in pace}
     return sum(_cost(experiment, run) for run in experiment.pending())
 
 
+def _seconds_a_step(experiment: Experiment, run: Run, steps: int) -> float:
+    "Compile training and evaluation of a run's network and make some steps."
+    config, data = run.config, experiment.data(run.config, run.seed)
+    network, params, stats = split(from_config(config, DATASETS[config.dataset].classes, nnx.Rngs(0)))
+    augment = compiled_augment(augmentation(config.dataset, run.effective.randaug_layers, config.dialect))
+    step = compiled_step(network, cross_entropy, config.dialect)
+    state, hyper, key = initial_state(params, stats), hyper_of(run.effective).traced(), jax.random.key(0)
+    for i, (images, labels) in enumerate(batches(data.train, config.batch_size, 1 + steps, 0)):
+        if i == 1: begin = time.perf_counter()
+        state, loss = step(state, augment(images, hyper, key, np.int32(i)), labels, hyper, key)
+        loss.block_until_ready()
+    seconds = (time.perf_counter() - begin) / steps
+    _evaluator(config, False, data)(network, state)
+    return seconds
+
+# %% ../nbs/51_experiment.ipynb #cell-19
 def _architecture(config: Config) -> tuple:
     "Configurations with equal values here share one compiled step."
     shape = ('depth', 'width', 'se_ratio', 'stem', 'stem_pool', 'shortcut', 'dialect', 'dataset', 'image_size', 'bn_group_size',
@@ -236,10 +244,9 @@ def duration(seconds: float) -> str:
     if s < 60: return f'{s} s'
     return f'{s // 60} min {s % 60} s' if s < 3600 else f'{s // 3600} h {s % 3600 // 60} min'
 
-# %% ../nbs/51_experiment.ipynb #cell-20
+# %% ../nbs/51_experiment.ipynb #cell-22
 class Progress:
     "Prints a line at the end of a run and every `every` seconds during one, with the time left."
-
     def __init__(self, experiment: Experiment, todo: list[Run], every: float = 15.0):
         self.costs = [max(_cost(experiment, run), 1e-9) for run in todo]
         self.todo, self.every, self.begin, self.last, self.done = todo, every, time.monotonic(), time.monotonic(), 0
@@ -263,7 +270,7 @@ class Progress:
         what = f"top-1 {record['metrics']['top1']:.1f}%" if done else f"{record['status']}: {record['error']}"
         print(f"{self.done:4}/{len(self.todo)} {record['row']}, seed {record['seed']}: {what}, {self.left(0)}", flush=True)
 
-# %% ../nbs/51_experiment.ipynb #cell-22
+# %% ../nbs/51_experiment.ipynb #cell-24
 def run(experiment: Experiment) -> list[dict]:
     "Train what is pending, one run after another, and return the records of the whole grid."
     use_compilation_cache()
@@ -291,10 +298,3 @@ def _record(experiment: Experiment, cell: Run, data: Data, outcome: Mapping[str,
         device=dict(kind=devices[0].device_kind, count=len(devices)),
         data=dict(name=info.name, source=info.source, fingerprint=cell.data, train_examples=len(data.train),
                   eval_examples=len(data.held_out)))
-
-# %% ../nbs/51_experiment.ipynb #cell-23
-def use_compilation_cache(folder: str | None = None) -> Path:
-    "Keep compiled programs in `folder` ($RESNET_RS_CACHE, else ~/.cache/resnet_rs/xla), so that a second start is quick."
-    path = Path(folder or os.environ.get('RESNET_RS_CACHE') or '~/.cache/resnet_rs/xla').expanduser()
-    jax.config.update('jax_compilation_cache_dir', str(path))
-    return path

@@ -16,7 +16,7 @@ from .config import DEPTHS, VARIANTS, Config, check_choice
 from .resnet import ResNet
 
 # %% ../nbs/17_registry.ipynb #cell-04
-_DEPTHS = {'resnet': (26, 50, 101, 152, 200, 300, 400), 'resnet_rs': tuple(DEPTHS)}
+_DEPTHS = {'resnet': (26, 50, 101, 152, 200, 300, 400), 'resnet_rs': tuple(d for d in DEPTHS if d > 14)}
 
 
 def list_models(pattern: str = '*') -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from .config import DIALECTS, check_averaging, check_choice
@@ -65,10 +66,10 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, channels: int, *, momentum: float = 0.9, epsilon: float = 1e-5, group_size: int = 0,
                  scale_init: float = 1.0, param_dtype=jnp.float32):
-        self.scale = nnx.Param(jnp.full(channels, scale_init, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.scale = nnx.Param(jnp.asarray(np.full(channels, scale_init), param_dtype))  # NumPy: nothing to compile
+        self.bias = nnx.Param(jnp.asarray(np.zeros(channels), param_dtype))
         wide = jnp.promote_types(param_dtype, jnp.float32)  # statistics need the precision
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(channels, wide)), nnx.BatchStat(jnp.ones(channels, wide))
+        self.mean, self.var = (nnx.BatchStat(jnp.asarray(np.full(channels, v), wide)) for v in (0.0, 1.0))
         self.momentum, self.epsilon, self.group_size = momentum, epsilon, group_size
         self.use_running_average = False
 
