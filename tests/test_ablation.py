@@ -24,17 +24,18 @@ def papermill(*args, timeout=300):
 
 def in_a_terminal(*args):
     "Exit status and screen of papermill under a pseudo-terminal."
-    pid, screen = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(PAPERMILL, ['papermill', 'nbs/ablation.ipynb', *map(str, args)])
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([PAPERMILL, 'nbs/ablation.ipynb', *map(str, args)], cwd=ROOT, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True)
+    os.close(theirs)
     seen = b''
     while True:
-        try: part = os.read(screen, 65536)
-        except OSError: break
+        try: part = os.read(ours, 65536)
+        except OSError: break  # the last writer has gone
         if not part: break
         seen += part
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode(errors='replace')
+    os.close(ours)
+    return process.wait(), seen.decode(errors='replace')
 
 
 def records(folder):
