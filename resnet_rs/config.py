@@ -88,7 +88,7 @@ class Config(_Network):
     epochs: float = _number(90, 0.01, 10_000, "passes over the training set, in the paper's count")
     batch_size: int = _number(4096, 1, 65_536, 'images a step')
     base_lr: float = _number(0.1, 0, 100, 'peak learning rate for 256 images a step; scales linearly with the batch')
-    schedule: str = _word('step', ['step', 'cosine', 'exponential'], 'shape of the learning rate')
+    schedule: str = _word('step', ['step', 'cosine'], 'shape of the learning rate')
     warmup_epochs: float = _number(5, 0, 1000, 'linear warm-up')
     momentum: float = _number(0.9, 0, 1, 'of SGD', below=True)
     weight_decay: float = _number(1e-4, 0, 1, 'L2 coefficient, added to the gradient')

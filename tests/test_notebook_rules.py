@@ -258,7 +258,8 @@ def test_public_names_are_shown_and_described(path):
 
 # --- what is committed -----------------------------------------------------------------------------------------------------
 
-MACHINE_PATH = re.compile(r'(?:(?<![\w.~+/-])|(?<=://))/(?:root|home|tmp|work|Users|var/folders)\b(?![\w])[\w./-]*|[A-Z]:\\Users\\')
+MACHINE_FOLDERS = ('root', 'home', 'tmp', 'work', 'Users', 'var/folders')
+MACHINE_PATH = re.compile(rf'(?:(?<![\w.~+/-])|(?<=://))/(?:{"|".join(MACHINE_FOLDERS)})\b(?![\w])[\w./-]*|[A-Z]:\\Users\\')
 
 
 def texts(output):
@@ -269,11 +270,12 @@ def texts(output):
             yield ''.join(data) if isinstance(data, list | str) else json.dumps(data)
 
 
-def test_what_a_machine_path_is():
-    for text in ['File /root/x.py', "'/home/me/a'", '(/tmp/pytest-1/b', 'C:\\Users\\me', 'file:///work/x', 'at /tmp']:
-        assert MACHINE_PATH.search(text), text
-    for text in ['https://example.org/home/x', 'base64,AAA/tmp/AAA', 'nbs/work/x', 'images/second', '~/home/', '/workers/x']:
-        assert not MACHINE_PATH.search(text), text
+@pytest.mark.parametrize('folder', MACHINE_FOLDERS)
+def test_what_a_machine_path_is(folder):
+    for text in ['File /{}/x.py', "'/{}/a'", '(/{}/b', 'file:///{}/x', 'at /{}', 'C:\\Users\\me']:
+        assert MACHINE_PATH.search(text.format(folder)), text
+    for text in ['https://example.org/{}/x', 'base64,AAA/{}/AAA', 'nbs/{}/x', 'images/{}', '~/{}/', '/{}ers/x']:
+        assert not MACHINE_PATH.search(text.format(folder)), text
 
 
 @every_notebook
