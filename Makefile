@@ -20,7 +20,7 @@ $(STAMP): requirements.lock settings.ini setup.py
 	@touch $@
 
 run: $(STAMP)       ## re-run the paper's Table 1 on the embedded data (SCALE=smoke for a minute's look)
-	$(BIN)/papermill nbs/ablation.ipynb -p scale $(or $(SCALE),laptop) -p seeds $(or $(SEEDS),3) -p results_dir $(RESULTS)
+	$(BIN)/papermill nbs/ablation.ipynb -p scale $(or $(SCALE),laptop) -p seeds $(or $(SEEDS),$(if $(filter smoke,$(SCALE)),1,3)) -p results_dir $(RESULTS)
 
 test: $(STAMP)      ## sync of notebooks and library, every notebook, and tests/
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
