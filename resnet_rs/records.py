@@ -8,17 +8,14 @@ __all__ = ['FINISHED', 'STATUSES', 'FIELDS', 'METRICS', 'CURVE', 'RecordsError',
 
 # %% ../nbs/50_records.ipynb #cell-03
 import argparse
-import itertools
 import json
-import os
 import re
 import sys
-import time
 import warnings
-from contextlib import suppress
-from pathlib import Path
 
 from .provenance import content_key, plain, provenance
+from .storage import (StorageError, as_path, claim, file_names, is_bucket, read_whole, set_aside, usable_folder,
+                               write_whole)
 
 # %% ../nbs/50_records.ipynb #cell-07
 FINISHED = ('done', 'diverged')
@@ -31,12 +28,14 @@ METRICS = ('top1', 'top5', 'top1_raw', 'top5_raw', 'top1_ema', 'top5_ema',
 CURVE = ('step', 'train_loss', 'eval_step', 'top1')
 _INSIDE = {'metrics': METRICS, 'curve': CURVE, 'device': ('kind', 'count'), 'git': ('commit', 'dirty'),
            'data': ('name', 'source', 'fingerprint', 'train_examples', 'eval_examples')}
+_OPTIONAL = {'initial': str, 'resumed': int, 'divergence': dict}
+_DIVERGENCE = ('step', 'learning_rate', 'checkpoint')
 _ONLY_DONE = ('weights_sha256', 'steps', 'seconds', 'images_per_second')   # may be None in a run that was cut short
 
 
 def _own_key(record):
     "The key that the content of `record` asks for."
-    return content_key(data=record['data']['fingerprint'],
+    return content_key(data=record['data']['fingerprint'], initial=record.get('initial'),
                        **{name: record[name] for name in ('config', 'effective', 'seed', 'result_version')})
 
 
@@ -65,8 +64,20 @@ def _faults(record):
             yield f'metrics.{name} is {value}, not a percentage'
     lengths = [len(record['curve'][name]) if isinstance(record['curve'][name], list) else -1 for name in CURVE]
     if lengths[::2] != lengths[1::2] or -1 in lengths: yield f'curve is not two pairs of lists of one length: {", ".join(CURVE)}'
+    yield from _optional_faults(record)
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*', record['experiment']): yield f'{record["experiment"]!r} cannot name a file'
     if record['key'] != _own_key(record): yield f'key {record["key"]} is not that of its content, {_own_key(record)}'
+
+# %% ../nbs/50_records.ipynb #cell-10
+def _optional_faults(record):
+    "The same for the entries that need not be there."
+    given = {name: record[name] for name in _OPTIONAL if record.get(name) is not None}
+    for name, value in given.items():
+        if not _is(value, _OPTIONAL[name]): yield f'{name} is {str(value)[:60]!r}, which is not {_OPTIONAL[name].__name__}'
+    if given.get('resumed', 0) < 0: yield f'resumed is {given["resumed"]}, not a number of times'
+    if 'divergence' in given:
+        if record['status'] != 'diverged': yield f'it has a divergence, and its status is {record["status"]}'
+        if set(given['divergence']) != set(_DIVERGENCE): yield f'divergence does not hold just {", ".join(_DIVERGENCE)}'
 
 
 def _parse(text):
@@ -78,45 +89,8 @@ def _parse(text):
     if fault: raise ValueError(fault)
     return record
 
-# %% ../nbs/50_records.ipynb #cell-15
-class RecordsError(OSError):
-    "A results folder cannot be used; the message is one line with the path and the reason."
-
-
-def _draft(path): return path.with_name(f'.{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp')
-
-
-def _write_whole(path, text):
-    "Put `text` into `path` in one indivisible step."
-    draft = _draft(path)
-    try:
-        with open(draft, 'x', encoding='utf-8', newline='\n') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise RecordsError(f'cannot write {path}: {error.strerror or error}') from None
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _usable(folder):
-    "Create `folder`, try it by writing, sweep away what killed writers left an hour ago; its Path, or RecordsError."
-    folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = _draft(folder / 'probe')
-        probe.write_text('may this folder be written to?')
-        probe.unlink()
-        for path in folder.glob('.*-????????.tmp'):
-            with suppress(FileNotFoundError):   # a writer has finished with it, or another process sweeps, too
-                if time.time() - path.stat().st_mtime > 3600: path.unlink()
-    except OSError as error:
-        files = (f'{part} is a file' for part in (folder, *folder.parents) if os.path.isfile(part))   # Path.is_file may raise
-        reason = next(files, error.strerror or error)
-        raise RecordsError(f'results folder {folder} cannot be written to: {reason}') from None
-    return folder
+# %% ../nbs/50_records.ipynb #cell-16
+RecordsError = StorageError   # a results folder cannot be used; one line with the path and the reason
 
 # %% ../nbs/50_records.ipynb #cell-19
 class DamagedRecord(UserWarning):
@@ -128,33 +102,21 @@ def _order(record): return [record[name] for name in ('experiment', 'scale', 'ro
 def _file_name(record): return record['key'] + ('.json' if record['status'] in FINISHED else '.failed.json')
 
 
-def _whole(path, name):
-    "The record in the file `path`, if it is one and belongs under this name; else ValueError."
-    record = _parse(path.read_bytes())
+def _whole(content, name):
+    "The record in the bytes `content`, if it is one and belongs under this name; else ValueError."
+    record = _parse(content)
     if _file_name(record) != name: raise ValueError(f'its content belongs into {_file_name(record)}')
     return record
 
 
 def _read(path):
     "The record in the file `path`, None where there is no such file; a damaged one is set aside."
-    try: return _whole(path, path.name)
+    try: return _whole(read_whole(path), path.name)
     except FileNotFoundError: return None
     except ValueError as error: reason = error
-    for number in itertools.count():
-        aside = path.with_name(f'{path.name}.damaged' + (f'.{number}' if number else ''))
-        try: aside.open('x').close(); break       # taken by us and nobody else
-        except FileExistsError: pass
-    try:
-        os.replace(path, aside)
-        record = _whole(aside, path.name)
-        os.replace(aside, path)                   # another process has meanwhile written a whole one
-        return record
-    except FileNotFoundError:                     # another process was faster, and warned
-        aside.unlink(missing_ok=True)
-        return _read(path)
-    except ValueError:
-        warnings.warn(f'damaged record {path}: {reason}; moved to {aside.name}, the run counts as not done',
-                      DamagedRecord, stacklevel=4)
+    where = set_aside(path, lambda content: _whole(content, path.name))
+    if where is None: return _read(path)   # another process was faster: it is whole again, or gone
+    warnings.warn(f'damaged record {path}: {reason}; {where}, the run counts as not done', DamagedRecord, stacklevel=4)
 
 # %% ../nbs/50_records.ipynb #cell-21
 def _prepared(record):
@@ -172,21 +134,23 @@ def _prepared(record):
 
 # %% ../nbs/50_records.ipynb #cell-22
 class Records:
-    "A folder of run records that many processes may use at once. It is created, and tried by writing: RecordsError, at once."
+    """A folder of run records that many processes may use at once: a local path, or gs://bucket/folder, s3://bucket/folder.
+
+    It is created, and tried by writing: RecordsError, at once.
+    """
 
     def __init__(self, folder):
-        self.folder = _usable(folder)
+        self.folder = usable_folder(folder, 'results folder')
 
     def write(self, record):
-        """Keep `record`; the Path of its file. All of FIELDS must be there and numbers finite, else ValueError.
+        """Keep `record`; the path of its file. All of FIELDS must be there and numbers finite, else ValueError.
 
         In a run that failed or diverged, NaN and infinities are kept as null, and missing metrics, curves and end values
         filled in as null and empty. A finished record replaces the one of its key, a failed one only another failed one.
         """
         record = _prepared(record)
         path = self.folder / _file_name(record)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
+        write_whole(path, json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False) + '\n')
         if record['status'] in FINISHED: path.with_suffix('.failed.json').unlink(missing_ok=True)
         return path
 
@@ -197,7 +161,7 @@ class Records:
 
     def all(self, experiment=None, status=None):
         "The records, of one experiment or all, of one status, several or all, by experiment, scale, row, seed and key."
-        names = {path.name for path in self.folder.glob('[!.]*.json')}
+        names = set(file_names(self.folder, '[!.]*.json'))
         ours = {name for name in names if re.fullmatch(r'[0-9a-f]{16}(\.failed)?\.json', name)}
         for name in sorted(names - ours):
             warnings.warn(f'{self.folder / name} is not named as a record is; left alone, not read', DamagedRecord, stacklevel=2)
@@ -215,9 +179,9 @@ def read_packed(path):
 
     Each line must be a whole record, and a key occur once; if not, ValueError names the file, the line and the reason.
     """
-    path, records, where = Path(path), [], {}
-    for file in sorted(path.glob('*.jsonl')) if path.is_dir() else [path]:
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    path, records, where = as_path(path), [], {}
+    for file in [path / name for name in file_names(path, '*.jsonl')] if path.is_dir() else [path]:
+        for number, line in enumerate(read_whole(file).splitlines(), start=1):
             try:
                 records.append(_parse(line))
                 first = where.setdefault(records[-1]['key'], f'{file.name} line {number}')
@@ -235,6 +199,40 @@ def _fate(committed, record):
     return 'unchanged' if same else 'differs'
 
 # %% ../nbs/50_records.ipynb #cell-30
+def _merged(records, out_dir):
+    "Packed lines with `records` among them, as {file stem: {key: record}}; and what becomes of each, as (stem, record, fate)."
+    files = [out_dir / name for name in file_names(out_dir, '*.jsonl')] if out_dir.is_dir() else []
+    if files: read_packed(out_dir)   # a key in two files is an error, too
+    packed = {file.stem: {r['key']: r for r in read_packed(file)} for file in files}
+    home, fates = {key: name for name, lines in packed.items() for key in lines}, []
+    for record in records:
+        lines = packed.setdefault(name := home.get(record['key'], record['experiment']), {})
+        fates.append((name, record, _fate(lines.get(record['key']), record)))
+        if fates[-1][-1] in ('new', 'replaced'): lines[record['key']] = record
+    return packed, fates
+
+
+def _changed(fates): return [(name, record) for name, record, fate in fates if fate in ('new', 'replaced')]
+
+
+def _refuse_unclean(folder, fates):
+    unclean = [f'{name} {r["row"]} seed {r["seed"]} ({r["key"]}.json)' for name, r in _changed(fates) if not _clean(r)]
+    if unclean:
+        raise PackRefused(f'runs of uncommitted code in {folder}: {", ".join(unclean)}; '
+                          'commit, delete these files and run again, or say --allow-dirty')
+
+
+def _summary(fates):
+    "One dict per experiment and scale."
+    groups = {}
+    for name, record, fate in fates: groups.setdefault((name, record['scale']), []).append((record, fate))
+    return [{'experiment': name, 'scale': scale, 'rows': sorted({r['row'] for r, _ in group}),
+             'seeds': sorted({r['seed'] for r, _ in group}), 'runs': len(group),
+             **{kind: sum(fate == kind for _, fate in group) for kind in ('new', 'unchanged', 'replaced')},
+             'differs': [f'{r["row"]} seed {r["seed"]}' for r, fate in group if fate == 'differs']}
+            for (name, scale), group in sorted(groups.items())]
+
+# %% ../nbs/50_records.ipynb #cell-31
 def pack(folder, out_dir, allow_dirty=False):
     """Merge the finished runs in `folder` into `out_dir`/<experiment>.jsonl; what was done, one dict per experiment and scale.
 
@@ -242,34 +240,23 @@ def pack(folder, out_dir, allow_dirty=False):
     and which `differs` in outcome from its committed line, which stays. PackRefused, before anything is written: runs of
     uncommitted code. RecordsError: a folder is missing or cannot be written to. ValueError: a packed line is damaged.
     """
-    folder, out_dir = Path(folder).expanduser(), Path(out_dir).expanduser()
-    if not folder.is_dir(): raise RecordsError(f'no results folder {folder}; an experiment makes one when it runs')
-    read_packed(out_dir) if out_dir.is_dir() else None   # a key in two files is an error, too
-    packed = {file.stem: {r['key']: r for r in read_packed(file)} for file in sorted(out_dir.glob('*.jsonl'))}
-    home = {key: name for name, lines in packed.items() for key in lines}
-    groups, unclean, changed = {}, [], set()
-    for record in Records(folder).all(status=FINISHED):
-        lines = packed.setdefault(name := home.get(record['key'], record['experiment']), {})
-        fate, label = _fate(lines.get(record['key']), record), f'{record["row"]} seed {record["seed"]}'
-        groups.setdefault((name, record['scale']), []).append((record, fate, label))
-        if fate in ('new', 'replaced'):
-            lines[record['key']] = record
-            changed.add(name)
-            if not _clean(record): unclean.append(f'{name} {label} ({record["key"]}.json)')
-    if unclean and not allow_dirty:
-        raise PackRefused(f'runs of uncommitted code in {folder}: {", ".join(unclean)}; '
-                          'commit, delete these files and run again, or say --allow-dirty')
-    for name in sorted(changed):
-        lines = (json.dumps(record, sort_keys=True, separators=(',', ':'), ensure_ascii=False) + '\n'
-                 for record in sorted(packed[name].values(), key=_order))
-        _write_whole(_usable(out_dir) / f'{name}.jsonl', ''.join(lines))
-    return [{'experiment': name, 'scale': scale, 'rows': sorted({r['row'] for r, *_ in group}),
-             'seeds': sorted({r['seed'] for r, *_ in group}), 'runs': len(group),
-             **{kind: sum(fate == kind for _, fate, _ in group) for kind in ('new', 'unchanged', 'replaced')},
-             'differs': [label for _, fate, label in group if fate == 'differs']}
-            for (name, scale), group in sorted(groups.items())]
+    folder, out_dir = as_path(folder), as_path(out_dir)
+    if not is_bucket(folder) and not folder.is_dir():
+        raise RecordsError(f'no results folder {folder}; an experiment makes one when it runs')
+    records = Records(folder).all(status=FINISHED)
+    fates = _merged(records, out_dir)[1]
+    if not allow_dirty: _refuse_unclean(folder, fates)
+    if not _changed(fates): return _summary(fates)
+    with claim(usable_folder(out_dir, 'results folder') / 'pack', wait=60) as mine:
+        if not mine: raise RecordsError(f'results folder {out_dir} is being packed by another process; try again')
+        packed, fates = _merged(records, out_dir)   # again: another process may have packed since
+        for name in sorted({name for name, _ in _changed(fates)}):
+            lines = (json.dumps(record, sort_keys=True, separators=(',', ':'), ensure_ascii=False) + '\n'
+                     for record in sorted(packed[name].values(), key=_order))
+            write_whole(out_dir / f'{name}.jsonl', ''.join(lines))
+    return _summary(fates)
 
-# %% ../nbs/50_records.ipynb #cell-39
+# %% ../nbs/50_records.ipynb #cell-40
 def main(argv=None):
     "Pack finished runs from the command line; the exit status: 0 packed, 2 refused, 1 another error."
     parser = argparse.ArgumentParser(prog='python -m resnet_rs.records', description='Pack finished runs into the evidence.')

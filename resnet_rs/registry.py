@@ -12,7 +12,7 @@ from inspect import signature
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import DEPTHS, VARIANTS, Config, check_choice
+from .config import DEPTHS, VARIANTS, Config, check_choice, check_trainable
 from .resnet import ResNet
 
 # %% ../nbs/17_registry.ipynb #cell-04
@@ -44,10 +44,11 @@ def create_model(
 
 
 def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> ResNet:
-    """The network that a `Config` describes.
+    """The network that a `Config` describes; ValueError for an EfficientNet and whatever else cannot be trained yet.
 
     Rates are left at 0: the training loop gives them at each call, so that one compiled program serves all of them.
     """
+    check_trainable(config)
     return ResNet(DEPTHS[config.depth], num_classes, rngs=rngs, width=config.width, stem=config.stem, stem_pool=config.stem_pool,
                   shortcut=config.shortcut, se_ratio=config.se_ratio, bn_group_size=config.bn_group_size, dialect=config.dialect,
                   dtype=jnp.dtype(config.precision))

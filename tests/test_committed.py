@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from resnet_rs.config import ladder, scaled
-from resnet_rs.experiment import Experiment, train_run
+from resnet_rs.experiment import Experiment
+from resnet_rs.runs import train_run
 from resnet_rs.records import read_packed
 from resnet_rs.report import claim_verdicts, ours_label
 

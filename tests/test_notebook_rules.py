@@ -1,5 +1,6 @@
 """The rules of the house, counted by a machine: which room may import which, how long things are, and what is committed."""
 import ast
+import configparser
 import difflib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -60,10 +62,11 @@ EXAMPLES = PLOTS | {'sklearn'}                                       # a room ma
 FLOORS = {0: set(),
           1: {'jax', 'flax', 'scipy', 'numpy', 'safetensors', 'huggingface_hub'},
           2: {'jax', 'numpy', 'grain', 'tensorflow_datasets', 'PIL', 'sklearn', 'array_record', 'absl', 'etils'},
-          3: {'jax', 'optax', 'orbax', 'numpy', 'flax'},
+          3: {'jax', 'optax', 'orbax', 'numpy', 'flax', 'etils'},
           4: {'jax', 'flax', 'optax', 'numpy', 'scipy', 'sklearn'},
           5: {'jax', 'flax', 'optax', 'numpy', 'joblib', 'pandas', 'tqdm'}}
-PACKAGES = {'papermill': {'papermill'},         # its base class, imported when papermill asks for the engine
+PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, imported when papermill asks for the engine
+            'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'}}
 NO_JAX = ('evidence', 'records', 'report')      # evidence is read where there is no accelerator, and quickly
 
@@ -403,6 +406,59 @@ def test_the_guard_rule_itself():
                         (cells(setup, 'scale = 1', check), 'data_dir'),
                         (cells(setup, parameters + '\nlr = seeds * 2', check), 'goes stale')]:
         with pytest.raises(AssertionError, match=says): check_guarded(wrong)
+
+
+def check_colab(cells, name, settings):
+    """Cells of the experiment nbs/`name`: a link to Colab in the first; the first one of code installs there, and only there."""
+    address = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/{name}"
+    assert f'[Open in Colab]({address})' in ''.join(cells[0]['source']), f'write [Open in Colab]({address}) in the first cell'
+    source = next(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    for there in (False, True):
+        ran = ran_by(source, there)
+        if not there: assert not ran, f'the first cell of code runs {ran} outside of Colab'
+    package = f"git+{settings['git_url']}@{settings['branch']}"
+    assert ran == [([sys.executable, '-m', 'pip', 'install', '--quiet', package], {'check': True})], \
+        f'in Colab the first cell of code installs {package} by pip, not {ran}'
+
+
+def ran_by(source, in_colab):
+    """What `source` gives to subprocess.run, where google.colab is loaded and where it is not; nothing is run."""
+    ran = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('google', 'google.colab'): patch.delitem(sys.modules, name, raising=False)
+        if in_colab: patch.setitem(sys.modules, 'google.colab', ModuleType('google.colab'))
+        for name in ('run', 'Popen', 'call', 'check_call', 'check_output'):
+            patch.setattr(subprocess, name, lambda command, **options: ran.append((command, options)))
+        patch.setattr(os, 'system', lambda command: ran.append((command, {})))
+        exec(source, {'__name__': '__main__'})
+    return ran
+
+
+@pytest.fixture(scope='module')
+def settings():
+    parser = configparser.ConfigParser(delimiters=['='])
+    parser.read(ROOT / 'settings.ini', encoding='utf-8')
+    return parser['DEFAULT']
+
+
+@every_experiment
+def test_experiments_open_and_install_in_colab(path, settings):
+    try: check_colab(read(path)['cells'], path.name, settings)
+    except AssertionError as error: pytest.fail(f'nbs/{path.name}: {error}', pytrace=False)
+
+
+def test_the_colab_rule_itself(settings):
+    link = f"# A\n\n[Open in Colab](https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/main/nbs/a.ipynb)"
+    run = f"subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', 'git+{settings['git_url']}@main'], check=True)"
+    install = f"import subprocess, sys\nif 'google.colab' in sys.modules: {run}"
+
+    def cells(text, code): return [{'cell_type': 'markdown', 'source': [text]}, {'cell_type': 'code', 'source': [code]}]
+    check_colab(cells(link, install), 'a.ipynb', settings)
+    for wrong, says in [(cells('# A', install), 'Open in Colab'), (cells(link.replace('/a.', '/b.'), install), 'Open in Colab'),
+                        (cells(link, f'import subprocess, sys\n{run}'), 'outside of Colab'),
+                        (cells(link, 'import sys'), 'installs'), (cells(link, install.replace('@main', '')), 'installs'),
+                        (cells(link, install.replace(', check=True', '')), 'installs')]:
+        with pytest.raises(AssertionError, match=says): check_colab(wrong, 'a.ipynb', settings)
 
 
 # --- imports, run ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from resnet_rs import provenance as origin_module
 from resnet_rs import records as module
 from resnet_rs.records import (CURVE, FIELDS, METRICS, DamagedRecord, PackRefused, Records, RecordsError, content_key, main, pack,
                                provenance, read_packed)
+from resnet_rs.storage import claim
 
 COMMIT = 'a' * 40
 POINTS = 600   # a record of this many takes long enough to write to be caught at it
@@ -37,10 +38,19 @@ def make(row='baseline', seed=0, points=1, **changes):
 
 
 def python(code, *arguments, **options):
-    """A child that runs `code` with `make` at hand."""
+    """A child that runs `code` with all that is defined here at hand."""
     head = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_records import *\n'
     return subprocess.Popen([sys.executable, '-c', head + code, *map(str, arguments)], text=True, cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def go(*children):
+    """Let children that wait begin at one time."""
+    for child in children:
+        assert child.stdout.readline() == 'ready\n', child.stderr.read()
+    for child in children:
+        child.stdin.write('\n')
+        child.stdin.flush()
 
 
 @pytest.fixture
@@ -79,6 +89,11 @@ def test_the_key_ignores_what_means_the_same(same):
 ])
 def test_the_key_notices_every_difference(other):
     assert content_key(**GOLDEN | other) != content_key(**GOLDEN)
+
+
+def test_weights_to_start_from_are_part_of_the_key_and_their_absence_is_not():
+    assert content_key(**GOLDEN, initial=None) == content_key(**GOLDEN)
+    assert len({content_key(**GOLDEN), content_key(**GOLDEN, initial='a'), content_key(**GOLDEN, initial='b')}) == 3
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), {1, 2}, Path('x'), b'x'])
@@ -193,11 +208,33 @@ def test_every_field_is_required(tmp_path, name):
     (dict(data={'name': 'd'}), r'data\.fingerprint'),
     (dict(key='0' * 16), 'is not that of its content'),
     (dict(device=object()), 'device is a object'),
+    (dict(initial='c0ffee'), 'is not that of its content'),
+    (dict(initial=7), 'initial is .7., which is not str'),
+    (dict(resumed='once'), "resumed is 'once', which is not int"),
+    (dict(resumed=-1), 'resumed is -1, not a number of times'),
+    (dict(divergence={'step': 3}, status='diverged'), 'divergence does not hold just step, learning_rate, checkpoint'),
+    (dict(divergence={'step': 3, 'learning_rate': 0.1, 'checkpoint': None}), 'has a divergence, and its status is done'),
 ])
 def test_a_record_that_is_not_whole_is_refused_and_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"^record of 'cosine', seed 2, refused: .*{message}"):
         Records(tmp_path).write(make('cosine', 2) | changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_record_may_say_besides(tmp_path, no_warnings):
+    records, nan = Records(tmp_path), float('nan')
+    tuned, plain = make('a', resumed=2), make('a') | {'initial': None, 'resumed': None, 'divergence': None}
+    key = {name: tuned[name] for name in ('config', 'effective', 'seed', 'result_version')}
+    tuned |= {'initial': 'c0ffee', 'key': content_key(**key, data=tuned['data']['fingerprint'], initial='c0ffee')}
+    where = {'step': 3, 'learning_rate': nan, 'checkpoint': 2}
+    diverged = make('b', status='diverged', error='loss is nan', metrics={}, divergence=where)
+    for record in (tuned, plain, diverged):
+        records.write(record)
+    assert [records.get(r['key']) for r in (tuned, plain)] == [tuned, plain] and tuned['key'] != plain['key']
+    assert records.get(diverged['key'])['divergence'] == where | {'learning_rate': None}
+    pack(tmp_path, tmp_path / 'out')
+    assert {r['key']: r.get('initial') for r in read_packed(tmp_path / 'out')} == {
+        tuned['key']: 'c0ffee', plain['key']: None, diverged['key']: None}
 
 
 def test_nan_becomes_null_only_where_a_run_did_not_end_well(tmp_path):
@@ -271,7 +308,7 @@ def test_a_full_disk_while_writing_is_one_line_and_keeps_the_old_record(tmp_path
 
     def full(_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(module.os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(RecordsError, match=r'cannot write .*json: No space left on device$'):
         records.write(make(seconds=9.))
     assert records.get(make()['key'])['seconds'] == 1.5 and len(list(tmp_path.iterdir())) == 1
@@ -334,7 +371,7 @@ def test_a_record_rewritten_while_its_damage_is_being_moved_is_not_lost(tmp_path
         if str(target).endswith('.damaged'):
             path.write_bytes(good)
         return replace(source, target)
-    monkeypatch.setattr(module.os, 'replace', slow)
+    monkeypatch.setattr(os, 'replace', slow)
     assert records.get(make()['key']) == make() and path.read_bytes() == good
 
 
@@ -343,6 +380,7 @@ def test_a_record_rewritten_while_its_damage_is_being_moved_is_not_lost(tmp_path
 WRITER = '''
 records = Records(sys.argv[1])
 print('ready', flush=True)
+sys.stdin.readline()
 for turn in range(int(sys.argv[3])):
     records.write(make('shared', points=POINTS, seconds=float(turn)))
     records.write(make(sys.argv[2], turn, points=POINTS))
@@ -360,27 +398,37 @@ print(seen)
 
 
 def test_processes_writing_and_reading_at_once_lose_and_corrupt_nothing(tmp_path, no_warnings):
-    turns, stop = 6, tmp_path / 'stop'
-    folder = tmp_path / 'results'
-    reader = python(READER, folder, stop)
-    assert reader.stdout.readline() == 'ready\n', reader.stderr.read()
+    "The same and different keys, a reader meanwhile, and one writer that is killed in the middle."
+    turns, stop, folder = 6, tmp_path / 'stop', tmp_path / 'results'
+    reader, victim = python(READER, folder, stop), python(WRITER, folder, 'victim', 10**6)
     writers = [python(WRITER, folder, name, turns) for name in ('one', 'two', 'three')]
+    assert reader.stdout.readline() == 'ready\n', reader.stderr.read()
+    go(*writers, victim)
+    while not (folder / f'{make("victim", 1)["key"]}.json').exists():
+        assert victim.poll() is None
+        time.sleep(0.005)
+    victim.kill()
     for writer in writers:
         _, errors = writer.communicate(timeout=60)
         assert writer.returncode == 0, errors
+    _, errors = victim.communicate(timeout=60)
+    assert victim.returncode == -signal.SIGKILL, errors
     stop.write_text('')
     seen, errors = reader.communicate(timeout=60)
     assert reader.returncode == 0 and int(seen) > 0, errors
     found = {(r['row'], r['seed']) for r in Records(folder).all()}
-    assert found == {('shared', 0)} | {(name, turn) for name in ('one', 'two', 'three') for turn in range(turns)}
-    assert len(list(folder.iterdir())) == len(found)   # no temporary and no damaged file
+    killed = sum(row == 'victim' for row, _ in found)
+    assert killed and found == {('shared', 0), *((name, turn) for name in ('one', 'two', 'three') for turn in range(turns)),
+                                *(('victim', turn) for turn in range(killed))}
+    drafts = list(folder.glob('.*.tmp'))
+    assert len(drafts) <= 1 and len(list(folder.iterdir())) == len(found) + len(drafts)   # and nothing damaged
 
 
 def test_kill_9_leaves_whole_records_only(tmp_path, no_warnings):
     chance = random.Random(0)
     for _ in range(5):
         child = python(WRITER, tmp_path, 'victim', 10**6)
-        assert child.stdout.readline() == 'ready\n', child.stderr.read()
+        go(child)
         time.sleep(chance.uniform(0.02, 0.2))
         child.send_signal(signal.SIGKILL)
         child.communicate()
@@ -397,7 +445,7 @@ def test_kill_9_between_writing_and_naming_keeps_the_old_record(tmp_path, moment
 def stop(*_):
     print('now', flush=True)
     time.sleep(60)
-module.os.{moment} = stop
+os.{moment} = stop
 Records(sys.argv[1]).write(make(seconds=2.))
 ''', tmp_path)
     assert child.stdout.readline() == 'now\n', child.stderr.read()
@@ -495,6 +543,78 @@ def test_damaged_evidence_is_named_and_stops_the_pack(tmp_path):
         pack(folder, out)
     with pytest.raises(FileNotFoundError):
         read_packed(out / 'nothing.jsonl')
+
+
+def test_packing_while_runs_write_loses_and_corrupts_nothing(tmp_path, no_warnings):
+    "`make record` again and again, as a command and with a reader of the evidence, while two runs share its folder."
+    turns, folder, out = 8, tmp_path / 'runs', tmp_path / 'results'
+    writers = [python(WRITER, folder, name, turns) for name in ('one', 'two')]
+    go(*writers)
+    packs, before = 0, {}
+    while packs < 2 or any(writer.poll() is None for writer in writers):
+        code = main([str(folder), str(out)])
+        assert code == 0 or not before and code == 1          # nothing finished yet
+        packed = {r['key']: r for r in read_packed(out)} if out.exists() else {}
+        assert all(packed[key] == record for key, record in before.items())   # a line that is packed stays as it is
+        packs, before = packs + 1, packed
+    for writer in writers:
+        _, errors = writer.communicate(timeout=60)
+        assert writer.returncode == 0, errors
+    assert main([str(folder), str(out)]) == 0
+    found = {(r['row'], r['seed']) for r in read_packed(out)}
+    assert found == {('shared', 0)} | {(name, turn) for name in ('one', 'two') for turn in range(turns)}
+    once = (out / 'ablation.jsonl').read_bytes()
+    assert main([str(folder), str(out)]) == 0 and (out / 'ablation.jsonl').read_bytes() == once
+    assert [file.name for file in out.iterdir()] == ['ablation.jsonl']
+
+
+PACKER = """
+print('ready', flush=True)
+sys.stdin.readline()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_packs_at_once_from_several_folders_lose_nothing(tmp_path):
+    for round in range(3):
+        out = tmp_path / f'out{round}'
+        packers = [python(PACKER, fill(tmp_path / name, *(make(name, seed, points=POINTS) for seed in range(6))), out)
+                   for name in ('a', 'b', 'c')]
+        go(*packers)
+        for packer in packers:
+            _, errors = packer.communicate(timeout=60)
+            assert packer.returncode == 0, errors
+        assert [(r['row'], r['seed']) for r in read_packed(out)] == [(name, seed) for name in 'abc' for seed in range(6)]
+        assert [file.name for file in out.iterdir()] == ['ablation.jsonl']
+
+
+def test_a_pack_that_is_killed_leaves_the_evidence_as_it_was_and_the_next_one_works(tmp_path):
+    out, folder = tmp_path / 'out', fill(tmp_path / 'runs', make('a'))
+    assert main([str(folder), str(out)]) == 0
+    before = (out / 'ablation.jsonl').read_bytes()
+    fill(folder, make('b'))
+    child = python("""
+def stop(*_):
+    print('now', flush=True)
+    time.sleep(60)
+os.replace = stop
+main(sys.argv[1:])
+""", folder, out)
+    assert child.stdout.readline() == 'now\n', child.stderr.read()
+    child.kill()
+    child.communicate()
+    assert (out / 'ablation.jsonl').read_bytes() == before
+    assert pack(folder, out)[0]['new'] == 1 and [r['row'] for r in read_packed(out)] == ['a', 'b']
+
+
+def test_a_pack_does_not_wait_for_ever(tmp_path, monkeypatch):
+    out, folder = tmp_path / 'out', fill(tmp_path / 'runs', make('a'))
+    out.mkdir()
+    monkeypatch.setattr(module, 'claim', lambda path, wait: claim(path))
+    with claim(out / 'pack') as mine, pytest.raises(RecordsError, match='out is being packed by another process; try again'):
+        assert mine
+        pack(folder, out)
+    assert not list(out.iterdir()) and pack(folder, out)[0]['new'] == 1
 
 
 # the command

@@ -20,8 +20,9 @@ import sys
 import numpy as np
 
 from resnet_rs.config import SCALES, effective, ladder, scaled
-from resnet_rs.experiment import Data, train_run, use_compilation_cache
+from resnet_rs.experiment import use_compilation_cache
 from resnet_rs.images import load, subset
+from resnet_rs.runs import Data, train_run
 from resnet_rs.training import Diverged
 
 FIRST_SEED = 1000  # tables count seeds from 0
