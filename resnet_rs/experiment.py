@@ -65,11 +65,12 @@ class Experiment:
         self.name, self.rows, self.scale, self.data_dir = name, dict(rows), scale, data_dir or None
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if not self.seeds or not self.rows: raise ValueError('an experiment needs at least one row and one seed')
+        use_compilation_cache()
         self.initial = initial_weights(initial) if initial else None
-        for config in self.rows.values(): initial_model(config, 0, self.initial)
         self.keep_weights, self.checkpoint_seconds, self.store = keep_weights, checkpoint_seconds, Records(results_dir)
         self.runs = [_planned(row, seed, config, scale, self.data(config, seed), self.initial)
                      for seed in self.seeds for row, config in self.rows.items()]
+        for config in self.rows.values() if initial else (): initial_model(config, 0, self.initial)  # do they fit?
         self.pace: dict[str, float] = {}  # seconds a step, by row, once measured
 
     def data(self, config: Config, seed: int) -> Data: return seeded_data(config, seed, self.data_dir)
@@ -123,7 +124,6 @@ def _changes(before: Config, after: Config) -> str:
 # %% ../nbs/51_experiment.ipynb #cell-12
 def measure(experiment: Experiment, steps: int = 3) -> float:
     "Compile the networks still needed and time `steps` steps of each; the seconds that the pending runs will take."
-    use_compilation_cache()
     needed = {_architecture(r.config): r for r in experiment.pending()}
     pace = {name: _seconds_a_step(experiment, run, steps) for name, run in needed.items()}
     experiment.pace = {row: pace[_architecture(c)] for row, c in experiment.rows.items() if _architecture(c) in pace}
@@ -235,7 +235,6 @@ def run(experiment: Experiment) -> list[dict]:
     """Train what is pending, one run after another, and return the records of the whole grid.
 
     `Stopped`, on SIGTERM or SIGINT, after a checkpoint: the same call goes on there."""
-    use_compilation_cache()
     todo = experiment.pending()
     if len(todo) < len(experiment.runs):
         print(f'{len(experiment.runs) - len(todo)} of {len(experiment.runs)} runs are finished already and are skipped', flush=True)

@@ -99,13 +99,13 @@ def _is_papermill(argv, orig_argv):
     return Path(program).stem.removesuffix('-script') == 'papermill'
 
 def _show_lines(shown_before):
-    "An excepthook that shows the notebook's ParameterError and Stopped as their lines, anything else by `shown_before`."
+    "An excepthook that shows the errors whose lines say it all as these lines, anything else by `shown_before`."
     def hook(kind, error, traceback):
         name = getattr(error, 'ename', None)
-        if name in ('ParameterError', 'Stopped'): print(*error.traceback, sep='\n', file=sys.stderr)
+        if name in ('ParameterError', 'StorageError', 'Stopped'): print(*error.traceback, sep='\n', file=sys.stderr)
         elif name == 'KeyboardInterrupt': print('Stopped: outside of training; the same command goes on', file=sys.stderr)
         else: return shown_before(kind, error, traceback)
-        if name != 'ParameterError': sys.exit(STOPPED)
+        if name in ('Stopped', 'KeyboardInterrupt'): sys.exit(STOPPED)
     return hook
 
 def _at_start(argv, orig_argv):
@@ -231,12 +231,12 @@ def text():
         return str(value)
     return check
 
-def optional(spec):
-    "What `spec` takes, or None, 'None' or '' -> None, which leaves the value to the scale."
+def optional(spec, left_to='the scale'):
+    "What `spec` takes, or None, 'None' or '' -> None, which leaves the value to something else; `left_to` says to what."
     def check(name, value):
         if value is None or str(value).strip().lower() in ('', 'none'): return None
         try: return spec(name, value)
-        except ParameterError as error: raise ParameterError(f'{error} (None leaves it to the scale)') from None
+        except ParameterError as error: raise ParameterError(f'{error} (None leaves it to {left_to})') from None
     return check
 
 # %% ../nbs/02_papermill.ipynb #cell-34

@@ -26,7 +26,9 @@ _SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):/')
 
 
 class StorageError(OSError):
-    "A path cannot be used; the message is one line with the path and the reason."
+    "A path cannot be used; the message is one line with the path and the reason. Notebooks and papermill show that line only."
+    def _render_traceback_(self):   # IPython asks an exception for this
+        return [f'StorageError: {self}']
 
 
 def is_bucket(path) -> bool:

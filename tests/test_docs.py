@@ -1,5 +1,6 @@
 """The site: built once of the project as it is, looked at page by page; and small projects with a fault, which must not pass."""
 import configparser
+import html
 import json
 import re
 import shutil
@@ -28,15 +29,20 @@ def build(project, output):
 
 
 class Page(HTMLParser):
-    "The links, pictures, ids, sidebar and visible text of a page."
+    "The links, what is loaded with it, pictures, ids, headings, sidebar and visible text of a page."
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.images, self.ids, self.sidebar, self.words, self.inside = [], [], set(), [], [], []
+        self.links, self.loads, self.images, self.ids, self.sidebar, self.words, self.inside = [], [], [], set(), [], [], []
+        self.tags, self.text = [], text
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        self.tags.append(tag)
+        if tag != 'a':
+            self.loads += [attrs[key] for key in ('href', 'src', 'poster', 'data', 'action') if attrs.get(key)]
+            self.loads += [part.split()[0] for part in (attrs.get('srcset') or '').split(',') if part.strip()]
         self.links += [attrs[key] for key in ('href', 'src') if not (attrs.get(key) or 'data:').startswith('data:')]
         if tag == 'img': self.images.append(attrs['src'])
         if 'id' in attrs: self.ids.add(attrs['id'])
@@ -110,14 +116,92 @@ def test_all_prose_is_there(site, notebook):
     said = iter(re.findall(r'[a-z]{4,}', ''.join(site[page_name(notebook)].words)))
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     texts = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown']
-    plain = re.sub(r'\]\([^)]*\)|```\w*|`?<[^>]*>`?|&\w+;', ' ', '\n\n'.join(texts))
+    plain = re.sub(r'\$+[^$]+\$+|\]\([^)]*\)|```\w*|`?<[^>]*>`?|&\w+;', ' ', '\n\n'.join(texts))  # of formulas, see below
     lost = [word for word in re.findall(r'[a-z]{4,}', plain) if word not in said]
     assert not lost[:5]
 
 
-def test_figures_of_the_ladder_are_there(site):
-    "The report's notebook draws them whether or not there are runs."
-    assert len([src for src in site['report.html'].images if src.startswith('data:image/png;base64,')]) >= 1
+@pytest.mark.parametrize('page, figures', [('index.html', 1), ('report.html', 2), ('ablation.html', 2)])
+def test_figures_of_the_ladder_are_there(site, page, figures):
+    "The report draws made-up runs, the front page and the experiment the committed ones."
+    assert len([src for src in site[page].images if src.startswith('data:image/png;base64,')]) >= figures
+
+
+def test_experiments_can_be_opened_in_colab(site):
+    for name in (path.name for path in NOTEBOOKS if not path.stem[0].isdigit() and path.stem not in ('index', 'results')):
+        links = site[name.replace('.ipynb', '.html')].links
+        assert [link for link in links if link.startswith('https://colab.') and link.endswith(f'/nbs/{name}')], name
+
+
+def test_every_page_has_its_title(site):
+    for name, page in site.items():
+        if not name: continue
+        title = re.search(r'<title>(.+?)</title>', page.text, re.S)
+        assert title and page.tags.count('h1') == 1 and page.tags.count('main') == 1, name
+
+
+# --- without a network -----------------------------------------------------------------------------------------------------
+
+REMOTE = re.compile(r'(?:[a-z][a-z0-9+.-]*:)?//', re.I)
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    "All that pages load (scripts, styles, pictures, icons) lies in the site, and so does all that styles load (fonts, styles)."
+    output, wrong = site[''], []
+    loads = [(output / name, link) for name, page in site.items() if name for link in page.loads]
+    for path in (path for path in output.rglob('*') if path.suffix in ('.css', '.html', '.svg')):
+        text = re.sub(r'(?s)<(script|pre|code)\b.*?</\1>', '', path.read_text(encoding='utf-8'))  # code is shown, not run
+        loads += [(path, link) for link in re.findall(r'(?:@import\s+|url\()\s*["\']?([^"\')\s;]+)', text) if link[0] != '#']
+    assert len(loads) > 10 * len(NOTEBOOKS) and any(link.endswith('.woff2') or '.woff2?' in link for _, link in loads)
+    for path, link in loads:
+        if link.startswith('data:'): continue
+        file = (path.parent / unquote(re.split('[?#]', link)[0])).resolve()
+        if REMOTE.match(link) or not file.is_relative_to(output.resolve()) or not file.is_file(): wrong.append((path.name, link))
+    assert not wrong
+    words = ('cdn.', 'jsdelivr', 'unpkg', 'googleapis', 'katex', 'mathjax')
+    code = {path.name: path.read_text(encoding='utf-8').lower() for path in output.rglob('*') if path.suffix in ('.js', '.css')}
+    heads = {name: page.text.partition('</head>')[0].lower() for name, page in site.items() if name}
+    found = [(name, word) for name, text in (code | heads).items() for word in words if re.search(rf'//[^\s"\']*{word}', text)]
+    assert not found
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_formulas_are_mathml(site, notebook):
+    "As many formulas as there are in the source, each made for the browser, none left as TeX."
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    texts = [re.sub(r'(?s)```.*?```|`[^`]*`', '', ''.join(cell['source'])) for cell in cells if cell['cell_type'] == 'markdown']
+    formula = re.compile(r'\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)([^$]+?)(?<=\S)\$(?!\d)', re.S)
+    formulas = [found for text in texts for found in formula.findall(text)]
+    page = site[page_name(notebook)]
+    made = re.findall(r'<math .*?</math>', page.text, re.S)
+    assert len(made) == len(formulas) == page.text.count('class="math ') and not [m for m in made if '\\' in m]
+    assert not re.search(r'\\[(\[][^<]*\\[)\]]', re.sub(r'(?s)<(pre|code|script)\b.*?</\1>', '', page.text))
+
+
+def test_a_formula_in_full(site):
+    "Of the optimiser's page: the sum of rate times decay over one minus momentum."
+    display = re.findall(r'<math [^>]*display="block".*?</math>', site['optim.html'].text, re.S)
+    said = [html.unescape(re.sub(r'<[^>]+>|\s', '', formula)) for formula in display]
+    assert any(text.startswith('D=∑') and 'η' in text and '1−μ' in text for text in said), said
+    assert '<mfrac>' in ''.join(display)
+
+
+def test_search_knows_every_page_and_needs_no_server(site):
+    output = site['']
+    text = (output / 'search.js').read_text(encoding='utf-8')
+    entries = json.loads(re.fullmatch(r'window\.searchIndex = (\[.*\]);\s*', text, re.S)[1])
+    assert {entry['href'].partition('#')[0] for entry in entries} == site.keys() - {''}
+    for entry in entries:
+        page, _, heading = entry['href'].partition('#')
+        assert not heading or heading in site[page].ids, entry['href']
+        assert not re.search(r'\\(?:t?frac|lambda|cdot|eta)\b', entry['text']), f'search shows TeX: {entry["href"]}'
+    found = {entry['href'] for entry in entries if 'weight_decay' in entry['text'] + entry['title'] + entry['section']}
+    assert {'index.html', 'config.html'} <= {href.partition('#')[0] for href in found}
+    script = (output / 'site_libs' / 'smalldocs.js').read_text(encoding='utf-8')
+    assert 'search.js"' in script and 'window.searchIndex' in script and 'fetch(' not in script
+    assert not (output / 'search.json').exists()
+    assert all({'site_libs/fuse/fuse.min.js', 'site_libs/smalldocs.js'} <= {link.removeprefix('./') for link in page.loads}
+               and 'smalldocs-search' in page.text for name, page in site.items() if name)
 
 
 def test_hidden_code_stays_hidden_and_tables_are_tables(site):
@@ -148,7 +232,7 @@ def test_links_to_files_without_a_page_lead_to_the_repository(site):
 
 def test_no_paths_of_a_machine(site):
     words = re.compile(r'(?<![\w.])/(?:tmp|root|home|Users|work|var)/|site-packages|' + re.escape(str(ROOT)))
-    found = {name: words.findall((site[''] / name).read_text(encoding='utf-8')) for name in site if name}
+    found = {name: words.findall(site[name].text) for name in map(page_name, NOTEBOOKS)}
     assert not {name: paths for name, paths in found.items() if paths}
 
 
@@ -165,7 +249,10 @@ def test_small_project_passes_and_replaces_its_old_site_only(small):
     ('../nbs/10_one.ipynb', '../nbs/11_two.ipynb', 'page.html: dead link'),
     ('../nbs/10_one.ipynb', '../nbs/10_one.ipynb#nowhere', 'page.html: dead link one.html#nowhere'),
     ('../nbs/10_one.ipynb', 'one.png', 'page.html: dead link one.png'),
-    ('# Page', '---\ndraft: true\n---\n# Page', 'no page page.html')])
+    ('# Page', '---\ndraft: true\n---\n# Page', 'no page page.html'),
+    ('## Part', '![](https://example.org/one.png)\n\n## Part', 'page.html: fetched from elsewhere: https://example.org/one'),
+    ('## Part', '<script src="//example.org/one.js"></script>\n\n## Part', 'page.html: fetched from elsewhere: //example'),
+    ('## Part', 'So $\\lamda$.\n\n## Part', 'page.html: not a formula:')])
 def test_faults_stop_the_build(small, old, new, message):
     page = small / 'docs' / 'page.md'
     page.write_text(page.read_text().replace(old, new))

@@ -318,19 +318,29 @@ def test_processes_that_share_a_bucket_lose_and_corrupt_nothing(bucket, tmp_path
     assert all(file.suffix == '.json' for file in as_path(folder).iterdir())
 
 
-def test_a_checkpoint_goes_into_a_bucket_and_comes_back(bucket):
-    "What orbax does with a path of ours; it knows gs:// and no s3:// (0.12)."
-    if bucket.startswith('s3'): pytest.skip('orbax 0.12 has no s3')
-    import numpy
-    import orbax.checkpoint as ocp
-    tree, folder = {'w': numpy.arange(12, dtype='f4').reshape(3, 4), 'step': numpy.int32([7])}, as_path(f'{bucket}/checkpoints')
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        for step in (1, 2, 3): manager.save(step, args=ocp.args.StandardSave(tree))
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        assert sorted(manager.all_steps()) == [2, 3]
-        found = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(tree))
-    assert all(numpy.array_equal(found[name], tree[name]) for name in tree)
+def test_a_run_stopped_in_a_bucket_goes_on_there(bucket, tmp_path, monkeypatch):
+    "Records and checkpoints under one bucket path. Orbax (0.12) knows no s3://: a warning, and the run starts anew."
+    from resnet_rs.checkpoint import CheckpointWarning, Stopped
+    from resnet_rs.config import Config, scaled
+    from resnet_rs.experiment import Experiment, Progress, run
+    rows = {'cosine': scaled(Config(schedule='cosine', epochs=300), 'smoke')}
+
+    def grid(folder): return Experiment('bucket', rows, scale='smoke', seeds=1, results_dir=folder)
+
+    whole, = run(grid(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, 'step', lambda self, step, total, loss: step == 5 and signal.raise_signal(signal.SIGTERM))
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(Stopped):
+            warnings.simplefilter('always', CheckpointWarning)
+            run(grid(f'{bucket}/grid'))
+    interrupted, = grid(f'{bucket}/grid').runs
+    assert not grid(f'{bucket}/grid').finished(interrupted)
+    told = [str(w.message) for w in caught if issubclass(w.category, CheckpointWarning)]
+    record, = run(grid(f'{bucket}/grid'))
+    assert all(record[name] == whole[name] for name in ('key', 'metrics', 'curve', 'weights_sha256'))
+    if bucket.startswith('gs'): assert record['resumed'] == 1 and not told
+    else: assert record['resumed'] is None and 'on disks and in gs:// only' in told[0]
+    assert not grid(f'{bucket}/grid').folder(interrupted, 'checkpoints').exists()
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):

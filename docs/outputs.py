@@ -1,0 +1,44 @@
+"""Save in an experiment's notebook what its defaults show: for the committed records, in which all their runs must be, or,
+where it keeps weights, which are not committed, for runs made now.
+
+    python docs/outputs.py [nbs/train.ipynb ...]     without names: every experiment that has records in results/"""
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import nbdev_clean
+
+from resnet_rs.records import Records, read_packed
+
+ROOT = Path(__file__).resolve().parent.parent
+UNTRAINED = "assert not experiment.pending(), f'{len(experiment.pending())} runs are not committed: make run && make record'"
+
+
+def executed(path):
+    "The notebook at `path`, run in a folder of its own, where runs/results holds the committed records."
+    book, packed = nbformat.read(path, 4), ROOT / 'results' / f'{path.stem}.jsonl'
+    trains = any('keep_weights=True' in cell.source for cell in book.cells)
+    check = 1 + [n for n, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', [])][0]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Records(Path(folder, 'runs', 'results'))
+        for record in () if trains else read_packed(packed): store.write(record)
+        for _ in range(1 + trains):   # the second time shows finished runs, without the lines of their progress
+            book.cells.insert(check + 1, nbformat.v4.new_code_cell('' if trains else UNTRAINED))
+            client = NotebookClient(book, timeout=1800, resources={'metadata': {'path': folder}})
+            client.execute(env=os.environ | {'RESNET_RS_ROOT': folder})
+            del book.cells[check + 1]
+        for output in (output for cell in book.cells for output in cell.get('outputs', []) if 'text' in output):
+            for name in (os.path.realpath(folder), folder): output.text = output.text.replace(name + os.sep, '')
+    return book
+
+
+if __name__ == '__main__':
+    paths = [Path(name) for name in sys.argv[1:]] or [path for packed in sorted((ROOT / 'results').glob('*.jsonl'))
+                                                     if (path := ROOT / 'nbs' / f'{packed.stem}.ipynb').exists()]
+    for path in paths:
+        nbformat.write(executed(path), path)
+        nbdev_clean(str(path))
+        print(f'{path.name}: outputs saved')
