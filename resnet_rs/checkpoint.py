@@ -6,9 +6,12 @@
 __all__ = ['named', 'fill', 'digest', 'CheckpointWarning', 'Checkpoint', 'Pace', 'Checkpoints', 'Stopped', 'stop_requests']
 
 # %% ../nbs/32_checkpoint.ipynb #cell-02
+import gc
 import hashlib
 import json
+import logging
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -66,7 +69,7 @@ class Checkpoint(NamedTuple):
 
 
 class Pace:
-    "Says when the next checkpoint is due: `every` seconds after the last at the earliest, and never more than `share` of the time."
+    "Says when the next checkpoint is due: `every` seconds after the last at the earliest, and for at most `share` of the time."
     def __init__(self, every: float = 5.0, share: float = 0.05, clock: Callable[[], float] = time.monotonic):
         self.every, self.share, self.clock = every, share, clock
         self.next = self.clock() + every
@@ -81,8 +84,9 @@ class Pace:
 
 # %% ../nbs/32_checkpoint.ipynb #cell-10
 def _reason(error):
-    "The first line of an error, short."
-    return f'{type(error).__name__}: {str(error).strip()}'.splitlines()[0][:200]
+    "An error in a line, of which the middle may be left out: the storage library ends with the cause."
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return text if len(text) <= 200 else f'{text[:80]} ... {text[-110:]}'
 
 
 def _warn(message):
@@ -98,6 +102,25 @@ def _manager(folder, keep):
     return ocp.CheckpointManager(folder, options=options)
 
 # %% ../nbs/32_checkpoint.ipynb #cell-11
+@contextmanager
+def _without_echo():
+    "Orbax repeats an error in the tracebacks of its threads and, late, of its callbacks. It is raised as well: that is enough."
+    loggers, before = [logging.getLogger(name) for name in ('absl', 'asyncio')], sys.unraisablehook
+
+    def late(found): return None if 'Event loop is closed' in str(found.exc_value) else before(found)
+    if before.__name__ != 'late': sys.unraisablehook = late   # stays: callbacks may still be on their way
+    for logger in loggers: logger.addFilter(_no)
+    try: yield
+    except Exception:
+        gc.collect()   # tasks whose error nobody asked for complain when they are collected
+        raise
+    finally:
+        for logger in loggers: logger.removeFilter(_no)
+
+
+def _no(record): return False
+
+# %% ../nbs/32_checkpoint.ipynb #cell-12
 def _sizes(folder):
     "Name and size in bytes of every file of a checkpoint, but for the one that says so."
     for path in sorted(folder.iterdir()):
@@ -105,6 +128,7 @@ def _sizes(folder):
         elif path.name != 'sizes.json': yield path.name, path.stat().length
 
 
+@_without_echo()
 def _write(manager, step, arrays, notes):
     "Put a checkpoint of `step` in the place of an older one of that step, if there is one."
     import orbax.checkpoint as ocp
@@ -115,11 +139,12 @@ def _write(manager, step, arrays, notes):
     write_whole(folder / 'sizes.json', json.dumps(dict(_sizes(folder))))
 
 
+@_without_echo()
 def _read(manager, step):
     "The checkpoint of `step`; ValueError if its content is not what was saved."
     import orbax.checkpoint as ocp
     folder = manager.directory / str(step)
-    listed = folder / 'sizes.json'   # not there if the writer was killed just before; cut files are caught here, without orbax's echo
+    listed = folder / 'sizes.json'   # not there if the writer was killed before it; finds cut files without orbax's many echoes
     for name, size in json.loads(listed.read_text()).items() if listed.exists() else ():
         found = (folder / name).stat().length if (folder / name).exists() else 0
         if found != size: raise ValueError(f'{name} has {found} of {size} bytes')
@@ -128,7 +153,7 @@ def _read(manager, step):
     if digest(arrays) != notes.pop('sha256', None): raise ValueError('its digest is not that of its arrays')
     return Checkpoint(step, arrays, notes)
 
-# %% ../nbs/32_checkpoint.ipynb #cell-12
+# %% ../nbs/32_checkpoint.ipynb #cell-13
 class Checkpoints:
     "Of one run, the newest `keep`, in `folder`, a local path or gs://...; `due` as in `Pace`."
     def __init__(self, folder: Any, every: float = 5.0, keep: int = 2):
@@ -169,7 +194,7 @@ class Checkpoints:
         self.__dict__.pop('_manager', None)
         self.folder.rmtree(missing_ok=True)
 
-# %% ../nbs/32_checkpoint.ipynb #cell-20
+# %% ../nbs/32_checkpoint.ipynb #cell-21
 class Stopped(KeyboardInterrupt):
     "Training was asked to stop and did, after a checkpoint. No Exception: a grid must not take it for a failed run and go on."
     def _render_traceback_(self):   # IPython asks an exception for this

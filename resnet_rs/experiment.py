@@ -9,7 +9,7 @@ __all__ = ['RESULT_VERSION', 'Run', 'Experiment', 'use_compilation_cache', 'plan
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,8 @@ def run(experiment: Experiment) -> list[dict]:
     `Stopped`, on SIGTERM or SIGINT, after a checkpoint: the same call goes on there."""
     todo = experiment.pending()
     if len(todo) < len(experiment.runs):
-        print(f'{len(experiment.runs) - len(todo)} of {len(experiment.runs)} runs are finished already and are skipped', flush=True)
+        done, runs = len(experiment.runs) - len(todo), len(experiment.runs)
+        print(f'{done} of {runs} runs are finished already and are skipped', flush=True)
     reporter, origin, queue, refused = Progress(experiment, todo), provenance(), deque(todo), 0
     with stop_requests() as stop:
         while queue:

@@ -134,7 +134,7 @@ def learning_rate(hyper: Hyper, step) -> jax.Array:
 
 # %% ../nbs/34_training.ipynb #cell-19
 class Diverged(RuntimeError):
-    "Loss or weights are no longer finite; carries `step`, `learning_rate` and `checkpoint`, the step of the last good one or None."
+    "Loss or weights are not finite; carries `step`, `learning_rate` and `checkpoint`, the step of the last good one or None."
 
     def __init__(self, step: int, learning_rate: float, checkpoint: int | None = None):
         good = '' if checkpoint is None else f'; the last good checkpoint is that of step {checkpoint}'

@@ -199,7 +199,7 @@ def test_unwritable_runs_folder_is_said(project):
 
 def test_other_errors_keep_their_traceback(capsys):
     seen = []
-    hook = ours._show_parameter_error(lambda *what: seen.append(what))
+    hook = ours._show_lines(lambda *what: seen.append(what))
     hook(ValueError, ValueError('x'), None)
     assert len(seen) == 1 and capsys.readouterr().err == ''
 
