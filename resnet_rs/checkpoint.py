@@ -6,7 +6,6 @@
 __all__ = ['named', 'fill', 'digest', 'CheckpointWarning', 'Checkpoint', 'Pace', 'Checkpoints', 'Stopped', 'stop_requests']
 
 # %% ../nbs/32_checkpoint.ipynb #cell-02
-import gc
 import hashlib
 import json
 import logging
@@ -85,7 +84,7 @@ class Pace:
 # %% ../nbs/32_checkpoint.ipynb #cell-10
 def _reason(error):
     "An error in a line, of which the middle may be left out: the storage library ends with the cause."
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    text = ' '.join(f'{type(error).__name__}: {error}'.split()).partition(' [tensorstore_spec=')[0]
     return text if len(text) <= 200 else f'{text[:80]} ... {text[-110:]}'
 
 
@@ -98,27 +97,21 @@ def _manager(folder, keep):
     "Orbax's manager of a folder. The import costs a second, which a run that is never interrupted does without."
     if str(folder).startswith('s3:'): raise OSError('orbax keeps checkpoints on disks and in gs:// only')
     import orbax.checkpoint as ocp
+    _without_echo()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(folder, options=options)
 
 # %% ../nbs/32_checkpoint.ipynb #cell-11
-@contextmanager
+def _no_echo(record): return 'OCDBT' not in record.getMessage()
+
+
 def _without_echo():
-    "Orbax repeats an error in the tracebacks of its threads and, late, of its callbacks. It is raised as well: that is enough."
-    loggers, before = [logging.getLogger(name) for name in ('absl', 'asyncio')], sys.unraisablehook
+    "From now on orbax does not repeat, in the tracebacks of its threads and callbacks, an error of its storage that it raises."
+    for name in ('absl', 'asyncio'): logging.getLogger(name).addFilter(_no_echo)
+    before = sys.unraisablehook
 
     def late(found): return None if 'Event loop is closed' in str(found.exc_value) else before(found)
-    if before.__name__ != 'late': sys.unraisablehook = late   # stays: callbacks may still be on their way
-    for logger in loggers: logger.addFilter(_no)
-    try: yield
-    except Exception:
-        gc.collect()   # tasks whose error nobody asked for complain when they are collected
-        raise
-    finally:
-        for logger in loggers: logger.removeFilter(_no)
-
-
-def _no(record): return False
+    if getattr(before, '__name__', '') != 'late': sys.unraisablehook = late
 
 # %% ../nbs/32_checkpoint.ipynb #cell-12
 def _sizes(folder):
@@ -128,18 +121,17 @@ def _sizes(folder):
         elif path.name != 'sizes.json': yield path.name, path.stat().length
 
 
-@_without_echo()
 def _write(manager, step, arrays, notes):
     "Put a checkpoint of `step` in the place of an older one of that step, if there is one."
     import orbax.checkpoint as ocp
+    folder = manager.directory / str(step)
     if step in manager.all_steps(): manager.delete(step)
+    if folder.exists(): folder.rmtree()   # in a bucket a half-written one has the final name, too
     manager.save(step, force=True, args=ocp.args.Composite(
         arrays=ocp.args.StandardSave(dict(arrays)), notes=ocp.args.JsonSave(dict(notes) | {'sha256': digest(arrays)})))
-    folder = manager.directory / str(step)
     write_whole(folder / 'sizes.json', json.dumps(dict(_sizes(folder))))
 
 
-@_without_echo()
 def _read(manager, step):
     "The checkpoint of `step`; ValueError if its content is not what was saved."
     import orbax.checkpoint as ocp
@@ -185,14 +177,14 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try: return _read(self._manager, step)
             except (OSError, ValueError, KeyError) as error:
-                _warn(f'checkpoint of step {step} in {self.folder} is damaged ({_reason(error)}); going back to the one before '
-                      'it, or to the start')
+                _warn(f'checkpoint of step {step} in {self.folder} is damaged ({_reason(error)}): going back to the one before')
                 if not isinstance(error, OSError): self._manager.delete(step)   # a disk may answer again, lost bytes will not
 
     def clear(self) -> None:
         "Remove them all, and the folder: the run is finished."
         self.__dict__.pop('_manager', None)
-        self.folder.rmtree(missing_ok=True)
+        try: self.folder.rmtree(missing_ok=True)
+        except OSError as error: _warn(f'checkpoints in {self.folder} cannot be removed ({_reason(error)})')
 
 # %% ../nbs/32_checkpoint.ipynb #cell-21
 class Stopped(KeyboardInterrupt):
