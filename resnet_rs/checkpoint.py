@@ -151,7 +151,7 @@ class Checkpoints:
     def __init__(self, folder: Any, every: float = 5.0, keep: int = 2):
         folder = as_path(folder)   # orbax wants an absolute path, which epath cannot make of a bucket's
         self.folder, self.keep = epath.Path(folder if is_bucket(folder) else folder.resolve()), keep
-        self.pace = Pace(every)
+        self.pace, self.notes = Pace(every), {}   # notes: what every checkpoint is to say, too
         self.due = self.pace.due
 
     @cached_property
@@ -160,31 +160,31 @@ class Checkpoints:
     def steps(self) -> list[int]:
         "The steps of which there is a checkpoint, oldest first."
         try: return sorted(self._manager.all_steps()) if self.folder.exists() else []
-        except OSError as error: return _warn(f'checkpoints in {self.folder} cannot be read ({_reason(error)})') or []
+        except Exception as error: return _warn(f'checkpoints in {self.folder} cannot be read ({_reason(error)})') or []
 
     def save(self, step: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> bool:
         "Keep `arrays` and `notes` (for JSON) under `step`; False, with a CheckpointWarning, if that is not possible."
         begin, saved = time.monotonic(), True
-        try: _write(self._manager, step, arrays, notes)
-        except (OSError, ValueError) as error:   # the storage library says ValueError where the disk is full
+        try: _write(self._manager, step, arrays, {**notes, **self.notes})
+        except Exception as error:   # disks, buckets and storage libraries raise errors of many kinds
             saved = _warn(f'no checkpoint of step {step} in {self.folder} ({_reason(error)}); training goes on without it')
             self.__dict__.pop('_manager', None)  # a new one sweeps away what this one left, which may be what fills the disk
         self.pace.took(time.monotonic() - begin, saved)
         return saved
 
-    def restore(self) -> Checkpoint | None:
-        "The newest sound checkpoint, None if there is none. Each damaged one is named in a CheckpointWarning and removed."
+    def restore(self, remove: bool = False) -> Checkpoint | None:
+        "The newest sound checkpoint, or None. Each damaged one is named in a CheckpointWarning, and removed if `remove`."
         for step in reversed(self.steps()):
             try: return _read(self._manager, step)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:
                 _warn(f'checkpoint of step {step} in {self.folder} is damaged ({_reason(error)}): going back to the one before')
-                if not isinstance(error, OSError): self._manager.delete(step)   # a disk may answer again, lost bytes will not
+                if remove and not isinstance(error, OSError): self._manager.delete(step)   # a disk may answer again
 
     def clear(self) -> None:
         "Remove them all, and the folder: the run is finished."
         self.__dict__.pop('_manager', None)
         try: self.folder.rmtree(missing_ok=True)
-        except OSError as error: _warn(f'checkpoints in {self.folder} cannot be removed ({_reason(error)})')
+        except Exception as error: _warn(f'checkpoints in {self.folder} cannot be removed ({_reason(error)})')
 
 # %% ../nbs/32_checkpoint.ipynb #cell-21
 class Stopped(KeyboardInterrupt):

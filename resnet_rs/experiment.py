@@ -83,7 +83,7 @@ class Experiment:
         "The run's record if it is finished, and its weights are there if they are to be kept."
         record = self.store.get(run.key)
         if not record or record['status'] not in FINISHED: return None
-        lacking = self.keep_weights and record['status'] == 'done' and not self.folder(run, 'weights').exists()
+        lacking = self.keep_weights and record['status'] == 'done' and not Checkpoints(self.folder(run, 'weights')).steps()
         return None if lacking else record
 
     def pending(self) -> list[Run]: return [run for run in self.runs if not self.finished(run)]
@@ -176,8 +176,8 @@ class Progress:
     def begin(self, run: Run, made: int = 0) -> None:
         "A run is taken up, of which `made` steps are made already."
         self.run, self.made, self.last = run, made, time.monotonic()
-        before, self.costs[run.key] = self.costs[run.key], self.costs[run.key] * (1 - made / run.effective.steps)
-        self.total += self.costs[run.key] - before
+        saved = self.costs[run.key] * made / run.effective.steps
+        self.costs[run.key], self.total = self.costs[run.key] - saved, self.total - saved
         if made: print(f'         {run.row}, seed {run.seed}: goes on from its checkpoint of step {made}', flush=True)
 
     def left(self, part: float = 0.0) -> str:
@@ -201,20 +201,26 @@ class Progress:
         print(f"{place} {record['row']}, seed {record['seed']}: {what}, {self.left()}", flush=True)
 
 # %% ../nbs/51_experiment.ipynb #cell-18
-def _outcome(experiment, cell, data, reporter, stop):
+def _outcome(experiment, cell, data, reporter, stop, origin):
     "Train one cell of the grid; the fields of its record that say what came out."
     checkpoints = Checkpoints(experiment.folder(cell, 'checkpoints'), experiment.checkpoint_seconds)
     try:
-        start = checkpoints.restore()
+        start, made_by = checkpoints.restore(remove=True), {name: origin[name] for name in ('git', 'versions')}
+        mixed = start is not None and start.notes.get('made_by') != made_by   # no commit stands for the whole run
+        checkpoints.notes['made_by'] = 'several' if mixed else made_by
+        stamp = dict(git=origin['git'] | dict(dirty=True)) if mixed else {}
         reporter.begin(cell, start.step if start else 0)
         fitted, outcome = train_run(cell.config, cell.effective, cell.seed, data, reporter.step, initial=experiment.initial,
                                     checkpoints=checkpoints, start=start, stop=stop)
-    except Stopped as e: raise Stopped(f'{cell.row}, seed {cell.seed}, {e}; the same command goes on there') from None
+    except Stopped as e: raise Stopped(f'{cell.row}, seed {cell.seed}, {e}; the same command goes on') from None
     except Diverged as e:
         good = e.checkpoint and f'checkpoints/{cell.key}/{e.checkpoint}'
         where = dict(step=e.step, learning_rate=e.learning_rate, checkpoint=good)
-        return dict(status='diverged', error=str(e), steps=e.step, divergence=where)
+        return dict(status='diverged', error=str(e), steps=e.step, divergence=where, **stamp)
     except Exception as e: return dict(status='failed', error=f'{type(e).__name__}: {e}')
+    outcome |= stamp
+    if not all(np.isfinite(value) for value in outcome['metrics'].values() if value is not None):
+        return outcome | dict(status='diverged', error='the loss on the held-out images is not finite at the end')
     if experiment.keep_weights: keep_weights(experiment.folder(cell, 'weights'), fitted)
     return outcome
 
@@ -225,7 +231,7 @@ def _record(experiment: Experiment, cell: Run, data: Data, outcome: Mapping[str,
     now = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime()))
     return dict(
         key=cell.key, experiment=experiment.name, row=cell.row, seed=cell.seed, scale=experiment.scale,
-        result_version=RESULT_VERSION, config=asdict(cell.config), effective=asdict(cell.effective), **outcome, **origin | now,
+        result_version=RESULT_VERSION, config=asdict(cell.config), effective=asdict(cell.effective), **origin | now | outcome,
         device=dict(kind=devices[0].device_kind, count=len(devices)), initial=experiment.initial and digest(experiment.initial),
         data=dict(name=info.name, source=info.source, fingerprint=cell.data, train_examples=len(data.train),
                   eval_examples=len(data.held_out)))
@@ -235,9 +241,9 @@ def run(experiment: Experiment) -> list[dict]:
     """Train what is pending, one run after another, and return the records of the whole grid.
 
     `Stopped`, on SIGTERM or SIGINT, after a checkpoint: the same call goes on there."""
-    todo = experiment.pending()
-    if len(todo) < len(experiment.runs):
-        done, runs = len(experiment.runs) - len(todo), len(experiment.runs)
+    todo = list({run.key: run for run in reversed(experiment.pending())}.values())[::-1]   # equal rows are one run
+    if done := sum(experiment.finished(run) is not None for run in experiment.runs):
+        runs = len(experiment.runs)
         print(f'{done} of {runs} runs are finished already and are skipped', flush=True)
     reporter, origin, queue, refused = Progress(experiment, todo), provenance(), deque(todo), 0
     with stop_requests() as stop:
@@ -256,7 +262,7 @@ def run(experiment: Experiment) -> list[dict]:
 def _work(experiment, cell, reporter, origin, stop):
     "Make a run and its record."
     data = experiment.data(cell.config, cell.seed)
-    outcome = _outcome(experiment, cell, data, reporter, stop)
+    outcome = _outcome(experiment, cell, data, reporter, stop, origin)
     experiment.store.write(_record(experiment, cell, data, outcome, origin))
     if outcome['status'] == 'done': Checkpoints(experiment.folder(cell, 'checkpoints')).clear()
 

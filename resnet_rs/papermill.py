@@ -81,16 +81,27 @@ def fill_output(args, stamp=None):
     return [*live, *args[:places[0] + 1], str(output), *args[places[0] + 1:]]
 
 # %% ../nbs/02_papermill.ipynb #cell-16
-STOPPED = os.EX_TEMPFAIL if hasattr(os, 'EX_TEMPFAIL') else 75   # papermill's exit status after it was asked to stop
-_STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = 75   # papermill's exit status after it was asked to stop, EX_TEMPFAIL
+_STOPS, _asked = (signal.SIGTERM, signal.SIGINT), []
 
 def _ask_to_stop(number, frame):
-    "Hand a signal on to the kernel, whose training saves a checkpoint; the next signal ends papermill as it ever did."
+    "Hand a signal on to the kernel, whose training saves a checkpoint, or exit where none trains; the next one ends papermill."
     import psutil
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for kernel in psutil.Process().children(): kernel.send_signal(signal.SIGINT)   # what Jupyter's stop button sends
+    _asked.append(number)
+    for again, handler in zip(_STOPS, (signal.SIG_DFL, signal.default_int_handler)): signal.signal(again, handler)
+    training = [kernel for kernel in psutil.Process().children() if _heeds(kernel.pid)]
+    if not training:
+        print('Stopped: outside of training; the same command goes on', file=sys.stderr, flush=True)
+        sys.exit(_status())
     print('asked to stop: saving a checkpoint; once more to stop at once', file=sys.stderr, flush=True)
+    for kernel in training: kernel.send_signal(signal.SIGINT)   # what Jupyter's stop button sends
+
+def _status(): return 130 if _asked[:1] == [signal.SIGINT] else STOPPED
+
+def _heeds(pid):
+    "Whether a process handles SIGTERM, as a kernel does while it trains. Where /proc does not tell: assume so."
+    try: return bool(int(re.search(r'SigCgt:\s*(\w+)', Path(f'/proc/{pid}/status').read_text())[1], 16) >> 14 & 1)
+    except (OSError, TypeError): return True
 
 # %% ../nbs/02_papermill.ipynb #cell-19
 def _is_papermill(argv, orig_argv):
@@ -105,7 +116,7 @@ def _show_lines(shown_before):
         if name in ('ParameterError', 'StorageError', 'Stopped'): print(*error.traceback, sep='\n', file=sys.stderr)
         elif name == 'KeyboardInterrupt': print('Stopped: outside of training; the same command goes on', file=sys.stderr)
         else: return shown_before(kind, error, traceback)
-        if name in ('Stopped', 'KeyboardInterrupt'): sys.exit(STOPPED)
+        if name in ('Stopped', 'KeyboardInterrupt'): sys.exit(_status())
     return hook
 
 def _at_start(argv, orig_argv):
@@ -130,7 +141,6 @@ def __getattr__(name):
     if name != 'RunsEngine': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     _at_start(sys.argv, sys.orig_argv)
     from papermill.engines import NBClientEngine
-
     class RunsEngine(NBClientEngine):
         "Papermill's nbclient engine; what is ours happens before the command line is parsed: see `fill_output`."
     return globals().setdefault(name, RunsEngine)      # importing papermill may have asked, and got, already

@@ -136,9 +136,9 @@ def learning_rate(hyper: Hyper, step) -> jax.Array:
 class Diverged(RuntimeError):
     "Loss or weights are not finite; carries `step`, `learning_rate` and `checkpoint`, the step of the last good one or None."
 
-    def __init__(self, step: int, learning_rate: float, checkpoint: int | None = None):
+    def __init__(self, step: int, learning_rate: float, checkpoint: int | None = None, what: str = 'the loss is'):
         good = '' if checkpoint is None else f'; the last good checkpoint is that of step {checkpoint}'
-        super().__init__(f'the loss is not finite at step {step} (learning rate {learning_rate:.3g}){good}')
+        super().__init__(f'{what} not finite at step {step} (learning rate {learning_rate:.3g}){good}')
         self.step, self.learning_rate, self.checkpoint = step, learning_rate, checkpoint
 
 
@@ -194,7 +194,7 @@ def _diverged(losses, hyper, good, state=None):
     bad = np.flatnonzero(~np.isfinite(losses))
     if not bad.size and all(np.isfinite(a).all() for a in jax.device_get(jax.tree.leaves(state))): return None
     step = int(bad[0]) + 1 if bad.size else len(losses)
-    return Diverged(step, float(learning_rate(hyper, step - 1)), good)
+    return Diverged(step, float(learning_rate(hyper, step - 1)), good, 'the loss is' if bad.size else 'the weights are')
 
 # %% ../nbs/34_training.ipynb #cell-22
 def fit(
@@ -227,6 +227,7 @@ def fit(
     if start: run = _picked_up(run, start)
     made, losses, begin = int(run.state.step), list(run.losses), time.perf_counter() - run.seconds
     good = made or None  # the step of the last checkpoint
+    if start and not made and checkpoints: checkpoints.clear()  # of another program: it would be found again and again
     batches = iter(batches(made) if callable(batches) else islice(batches, made, None))
     for done in range(made + 1, total + 1):
         try: images, labels = next(batches)
@@ -238,10 +239,11 @@ def fit(
         saving = checkpoints and done < total and (stopping or checkpoints.due())
         if saving or stopping or done in looks:
             run.losses, run.seconds = np.array(jax.device_get(losses), np.float32), time.perf_counter() - begin
-            if error := _diverged(run.losses, hyper, good, run.state if saving else None): raise error
+            losses[:] = run.losses  # fetched once
+            if error := _diverged(run.losses, hyper, good, run.state if saving or done == total else None): raise error
         if evaluate and done in evaluate_at: run.evaluations.append((done, evaluate(network, run.state)))
         if saving and save_checkpoint(checkpoints, run): good = done
-        if stopping: raise Stopped(f'after step {done} of {total}' + (f', checkpoint of step {good}' if good else ''))
+        if stopping: raise Stopped(f'after step {done} of {total}, {f"checkpoint of step {good}" if good else "no checkpoint"}')
         if progress and done in looks: progress(done, total, float(value))
     run.seconds = time.perf_counter() - begin
     return run

@@ -179,7 +179,7 @@ def training_words(records: Iterable[Mapping], model: str, image_size: int) -> s
     lost = [f"seed {r['seed']} {r['status']}: {r['error']}" for r in records if not _finished(r)]
     if lost: lines.append(f"**Lost, and in no mean: {'; '.join(lost)}.**")
     picked = [f"seed {r['seed']} {r['resumed']} times" for r in done if r.get('resumed')]
-    if picked: lines.append(f"Interrupted and picked up from a checkpoint: {', '.join(picked)}; the result is the same.")
+    if picked: lines.append(f"Interrupted and picked up from a checkpoint: {', '.join(picked)}; on a CPU the result is the same.")
     paper = paper_facts(model, image_size).loc[_FACTS['top1'], 'value']
     if scale != 'paper':
         lines.append(f"The paper's {paper}% is another quantity: of the full network, on ImageNet. The two do not compare.")

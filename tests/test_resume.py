@@ -11,12 +11,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import psutil
 import pytest
 
 from resnet_rs.papermill import STOPPED
+from resnet_rs.runs import initial_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = dict(scale='smoke', seeds=1, depth=50, rows='epochs,ema,randaugment', epochs=10_000)
@@ -238,3 +240,58 @@ def test_a_diverged_run_names_its_last_good_checkpoint(tmp_path):
     ''', folder=str(tmp_path))
     told = r'the loss is not finite at step \d+ \(learning rate [\d.]+\); the last good checkpoint is that of step \d+'
     assert re.search(told, shown), shown
+
+
+def test_a_run_that_ends_with_weights_that_are_not_finite(tmp_path):
+    """Every loss was finite, the last step was not: diverged, and the grid goes on."""
+    shown = script('''
+        rows['wild'] = rows['baseline'].replace(base_lr=100, weight_decay=1.0, epochs=30, warmup_epochs=0)
+        rows['after'] = rows['baseline'].replace(label_smoothing=0.1)
+        for _ in range(2): print(*(f"{r['row']}={r['status']}" for r in run(grid())))
+    ''', folder=str(tmp_path))
+    assert shown.count('baseline=done epochs=done wild=diverged after=done') == 2, shown
+
+
+def test_equal_rows_are_one_run(tmp_path):
+    """And what keeps it from ending is told, not what follows from that."""
+    shown = script('''
+        import resnet_rs.experiment as room
+        rows['twin'] = rows['baseline']
+        print(*(r['weights_sha256'][:8] for r in run(grid())))
+        rows['other'] = rows['third'] = rows['baseline'].replace(label_smoothing=0.1)
+        def broken(*_, **__): raise RuntimeError('the true reason')
+        room.train_run = broken
+        print(*{r['error'] for r in run(grid()) if r['row'] in ('other', 'third')})
+    ''', folder=str(tmp_path))
+    assert '2/2' in shown and re.search('1/1 (other|third), seed 0: failed: RuntimeError: the true reason', shown), shown
+    assert 'KeyError' not in shown
+
+
+def test_looking_for_weights_deletes_nothing(tmp_path):
+    """A folder with numbered subfolders is not always one of checkpoints."""
+    for name in ('0', '1', '7'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'picture.png').write_bytes(b'mine')
+    with pytest.raises(ValueError, match='holds no checkpoint of a trained network'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        initial_weights(tmp_path)
+    assert len(list(tmp_path.glob('*/picture.png'))) == 3
+
+
+def test_a_run_of_two_commits_counts_as_uncommitted(tmp_path):
+    """What was begun by other code must not become evidence of this one."""
+    shown = script('''
+        import signal
+        import resnet_rs.experiment as room
+        from resnet_rs.checkpoint import Stopped
+        from resnet_rs.experiment import Progress
+        origin = room.provenance()
+        def commit(name): return lambda: origin | {'git': {'commit': name, 'dirty': False}}
+        shown, Progress.step = Progress.step, lambda self, step, total, loss: step == 2 and signal.raise_signal(signal.SIGTERM)
+        room.provenance = commit('a' * 40)
+        try: run(grid())
+        except Stopped: Progress.step = shown
+        room.provenance = commit('b' * 40)
+        print('DIRTY', [r['git']['dirty'] for r in run(grid())])
+    ''', folder=str(tmp_path))
+    assert 'DIRTY [True, False]' in shown, shown
