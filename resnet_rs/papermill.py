@@ -89,7 +89,8 @@ def _ask_to_stop(number, frame):
     import psutil
     _asked.append(number)
     for again, handler in zip(_STOPS, (signal.SIG_DFL, signal.default_int_handler)): signal.signal(again, handler)
-    training = [kernel for kernel in psutil.Process().children() if _heeds(kernel.pid)]
+    children = (child for child in psutil.process_iter(['ppid']) if child.info['ppid'] == os.getpid())
+    training = [kernel for kernel in children if _heeds(kernel.pid)]
     if not training:
         print('Stopped: outside of training; the same command goes on', file=sys.stderr, flush=True)
         sys.exit(_status())
