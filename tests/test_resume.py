@@ -92,7 +92,7 @@ def test_killed_papermill_killed_kernel_and_sigterm(tmp_path, whole):
     wait_for(lambda: checkpoint(results, seen), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == STOPPED, process.shown()
-    told = re.search(r'Stopped: (\w+), seed 0, after step (\d+) of \d+, checkpoint of step (\d+); the same command goes on there',
+    told = re.search(r'Stopped: (\w+), seed 0, after step (\d+) of \d+, checkpoint of step (\d+); the same command goes on',
                      process.shown())
     assert told and told[2] == told[3], process.shown()
     assert any(name.endswith(f'/{told[2]}') for name in checkpoint(results)), 'it was saved when asked to stop, not when due'
