@@ -146,7 +146,9 @@ def test_every_extra_resolves_on_every_python(extra):
     found = {canonicalize_name(Requirement(line).name) for line in done.stdout.splitlines() if line.strip()}
     hallmark = {'bucket': {'gcsfs', 's3fs'}, 'cuda': {'jax-cuda12-plugin'}, 'dev': {'nbdev'}, 'prepare': {'tensorflow'},
                 'tpu': {'libtpu'}}
-    for name, marks in hallmark.items(): assert (marks <= found) == (name == extra), (name, extra)
+    # dev holds what bucket does: the tests write to stand-in buckets
+    expected = {extra, 'bucket'} if extra == 'dev' else {extra}
+    assert {name for name, marks in hallmark.items() if marks <= found} == expected
 
 
 # --- an empty environment --------------------------------------------------------------------------------------------------
