@@ -32,16 +32,27 @@ class Dialect:
     "One reading of ResNet-RS: the choices on which the paper and the published code differ."
     activation: str  # 'relu' or 'swish'
     padding: str  # of strided convolutions: 'symmetric' (explicit, as PyTorch) or 'same' (TensorFlow's, may be one-sided)
+    pool_padding: str  # the same of the plain stem's max pool
+    first_pool: bool  # whether the ResNet-D shortcut of stage 1, which keeps its size, has a 2x2 average pool of stride 1
     last_gamma: float  # initial scale of the last batch norm of a block
+    init: str  # scheme of the initial weights, a row of `resnet_rs.blocks.INITIALIZERS`
     drop_path_by: str  # 'stage': one rate a stage, 2/5 to 5/5 of the given; 'block': linear from 0
     nesterov: bool  # Nesterov's momentum
     decay: str  # what L2 reaches: 'all_but_norm' (biases too) or 'kernels'
-    randaugment: str  # which set of RandAugment operations
+    schedule: str  # of the learning rate of a released ResNet-RS
+    randaugment: str | None  # which set of RandAugment operations, None: not one of the authors'
 
 
+_TF1 = Dialect(activation='relu', padding='symmetric', pool_padding='same', first_pool=False, last_gamma=0.0, init='tf1',
+               drop_path_by='stage', nesterov=True, decay='all_but_norm', schedule='step', randaugment='tf1')
 #: name -> Dialect
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({
-    'paper': Dialect('relu', 'symmetric', 0.0, 'stage', True, 'all_but_norm', 'tf1'),
+    'paper': replace(_TF1, schedule='cosine'),
+    'tf1': _TF1,
+    'garden': Dialect(activation='swish', padding='same', pool_padding='same', first_pool=True, last_gamma=1.0, init='garden',
+                      drop_path_by='stage', nesterov=False, decay='kernels', schedule='cosine', randaugment='garden'),
+    'timm': Dialect(activation='relu', padding='symmetric', pool_padding='symmetric', first_pool=False, last_gamma=0.0, init='timm',
+                    drop_path_by='block', nesterov=True, decay='kernels', schedule='cosine', randaugment=None),
 })
 
 # %% ../nbs/01_config.ipynb #cell-12
@@ -115,13 +126,17 @@ class Config(_Training):
         return replace(self, **changes)
 
     @classmethod
-    def paper(cls, model: str, image_size: int | None = None) -> 'Config':
+    def paper(cls, model: str, image_size: int | None = None, dialect: str = 'paper') -> 'Config':
         """How the authors trained a released model: 'resnet_rs_50' to 'resnet_rs_420', 'efficientnet_b0' to 'efficientnet_b7'.
 
         `image_size` in pixels, as released; it may be left out where there is one. ValueError names the choices. The values, and
-        which of them had to be assumed, are those of `resnet_rs.paper.recipe`."""
-        given = {s.item: s.value for s in recipe(model, image_size)}
-        return cls(**dict.fromkeys(_RESNET if 'network' in given else ()) | given)
+        which of them had to be assumed, are those of `resnet_rs.paper.recipe`; a ResNet-RS has its dialect's schedule."""
+        given = {s.item: s.value for s in recipe(model, image_size)} | dict(dialect=dialect)
+        if 'network' in given: return cls(**dict.fromkeys(_RESNET) | given)
+        schedule = DIALECTS[check_field('dialect', dialect)].schedule
+        # the public trainer scales its stairs, warm-up among them, from 90 epochs to the run
+        warmup = {'warmup_epochs': given['epochs'] * 5 / 90} if schedule == 'step' else {}
+        return cls(**given | dict(schedule=schedule) | warmup)
 
 
 #: what only a ResNet has, and field -> the (other field, value) without which it means nothing
@@ -190,10 +205,11 @@ def ladder(
 
 # %% ../nbs/01_config.ipynb #cell-33
 def check_trainable(config: Config) -> None:
-    "Raise ValueError if `config` asks for something that the networks here, or the training loop, do not have yet."
+    "Raise ValueError if `config` asks for something that the training loop does not have yet."
     lacking = [f'{n} {getattr(config, n)}' for n in ('network', 'optimizer', 'augmentation') if getattr(config, n) is not None]
     if config.schedule == 'exponential': lacking.append('schedule exponential')
     if config.bn_epsilon is not None: lacking.append(f'bn_epsilon {config.bn_epsilon:g}')
+    if DIALECTS[config.dialect].randaugment != 'tf1': lacking.append(f'the RandAugment of dialect {config.dialect}')
     if lacking:
         raise ValueError(f'this configuration cannot be trained yet: {", ".join(lacking)}. '
                          'ResNet and ResNet-RS with momentum, stepwise or cosine schedule and RandAugment can')

@@ -6,49 +6,77 @@
 __all__ = ['list_models', 'create_model', 'from_config']
 
 # %% ../nbs/17_registry.ipynb #cell-02
+from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from inspect import signature
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import DEPTHS, VARIANTS, Config, check_choice, check_trainable
-from .resnet import ResNet
+from .config import DEPTHS, VARIANTS, Config, check_choice
+from .efficientnet import COMPOUNDS, EfficientNet
+from .resnet import Network, ResNet
+from .resnet3d import VIDEO_VARIANTS, ResNet3D
+from .weights import About
+from .weights import pretrained as load_pretrained
 
-# %% ../nbs/17_registry.ipynb #cell-04
-_DEPTHS = {'resnet': (26, 50, 101, 152, 200, 300, 400), 'resnet_rs': tuple(d for d in DEPTHS if d > 14)}
+# %% ../nbs/17_registry.ipynb #cell-05
+class _Entry(NamedTuple):
+    network: Callable[..., Network]
+    settings: dict
+    classes: int = 1000
+
+
+def _entries():
+    for family, depths in {'resnet': (26, 50, 101, 152, 200, 300, 400), 'resnet_rs': [d for d in DEPTHS if d > 14]}.items():
+        for d in depths: yield f'{family}_{d}', _Entry(ResNet, dict(blocks=DEPTHS[d], **VARIANTS[family]))
+    for size, made in COMPOUNDS.items():
+        yield f'efficientnet_{size}', _Entry(EfficientNet, dict(width=made.width, depth_factor=made.depth_factor))
+    for family, depths in {'resnet3d': (50,), 'resnet3d_rs': (50, 101, 152, 200)}.items():
+        for d in depths: yield f'{family}_{d}', _Entry(ResNet3D, dict(blocks=DEPTHS[d], **VIDEO_VARIANTS[family]), classes=400)
+
+
+_MODELS = dict(_entries())
 
 
 def list_models(pattern: str = '*') -> list[str]:
-    "Names that `create_model` knows, those that match the wildcard `pattern`, in order of family and depth."
-    return [name for family, depths in _DEPTHS.items() for depth in depths if fnmatch(name := f'{family}_{depth}', pattern)]
+    "Names that `create_model` knows, those that match the wildcard `pattern`, in order of family and size."
+    return [name for name in _MODELS if fnmatch(name, pattern)]
 
-# %% ../nbs/17_registry.ipynb #cell-06
+# %% ../nbs/17_registry.ipynb #cell-07
 def create_model(
     name: str,  # such as 'resnet_rs_50', see `list_models`
-    num_classes: int = 1000,
+    num_classes: int | None = None,  # None: 1000 as in ImageNet, 400 as in Kinetics for the video networks
     *,
     rngs: nnx.Rngs | None = None,  # source of the initial weights; `nnx.Rngs(0)` if None
-    dialect: str = 'paper',  # whose reading of the details
-    **overrides,  # of the network: width, blocks, activation, drop_path, dropout, se_ratio, dtype, param_dtype ...
-) -> ResNet:  # in training mode; call `.eval()` for inference
-    """A network of the paper: [N, H, W, 3] float, normalised -> logits [N, num_classes] float32 (float64 where `param_dtype` is).
+    dialect: str = 'paper',  # whose reading of the details, a row of `resnet_rs.config.DIALECTS`
+    pretrained: str | None = None,  # 'timm': released weights from the hub, see `resnet_rs.weights.pretrained`
+    head: bool = True,  # False: of the released weights, all but the classifier
+    **overrides,  # of the network: width, blocks, activation, drop_path, dropout, se_ratio, dtype, param_dtype, remat ...
+) -> Network:  # in training mode; call `.eval()` for inference
+    """A network of the paper: [N, H, W, 3] (video: [N, T, H, W, 3]) float, normalised -> logits [N, num_classes], at least float32.
 
-    ValueError for an unknown name or override, with the nearest right one.
+    ValueError for an unknown name or override, with the nearest right one, and for released weights that do not fit.
     """
-    family, depth = check_choice('model', name, list_models()).rsplit('_', 1)
-    known = [p for p in signature(ResNet.__init__).parameters if p not in ('self', 'num_classes', 'rngs')]
+    entry = _MODELS[check_choice('model', name, _MODELS)]
+    known = [p for p in signature(entry.network.__init__).parameters if p not in ('self', 'num_classes', 'rngs', 'dialect')]
     for word in overrides: check_choice('option', word, known)
-    settings = dict(blocks=DEPTHS[int(depth)], **VARIANTS[family]) | overrides
-    return ResNet(num_classes=num_classes, rngs=rngs or nnx.Rngs(0), dialect=dialect, **settings)
+    make = partial(entry.network, num_classes=entry.classes if num_classes is None else num_classes, dialect=dialect)
+    model = make(rngs=rngs or nnx.Rngs(0), **entry.settings | overrides)
+    model.about = About.of(name, dialect, overrides)
+    if pretrained is not None: load_pretrained(model, source=pretrained, head=head)
+    return model
 
 
-def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> ResNet:
-    """The network that a `Config` describes; ValueError for an EfficientNet and whatever else cannot be trained yet.
+def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> Network:
+    """The network that a `Config` describes, for `num_classes` classes.
 
     Rates are left at 0: the training loop gives them at each call, so that one compiled program serves all of them.
     """
-    check_trainable(config)
-    return ResNet(DEPTHS[config.depth], num_classes, rngs=rngs, width=config.width, stem=config.stem, stem_pool=config.stem_pool,
-                  shortcut=config.shortcut, se_ratio=config.se_ratio, bn_group_size=config.bn_group_size, dialect=config.dialect,
-                  dtype=jnp.dtype(config.precision))
+    shared = dict(num_classes=num_classes, rngs=rngs, width=config.width, se_ratio=config.se_ratio,
+                  bn_group_size=config.bn_group_size, dialect=config.dialect, dtype=jnp.dtype(config.precision))
+    if config.network == 'efficientnet':
+        return EfficientNet(depth_factor=config.depth_factor, bn_epsilon=config.bn_epsilon or 1e-3, **shared)
+    return ResNet(DEPTHS[config.depth], stem=config.stem, stem_pool=config.stem_pool, shortcut=config.shortcut, **shared)

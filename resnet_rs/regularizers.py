@@ -29,13 +29,14 @@ def drop_path(
 # %% ../nbs/10_regularizers.ipynb #cell-08
 def drop_path_shares(
     blocks: Iterable[int],  # blocks in each stage
-    by: str = 'stage',  # 'stage' (the authors) or 'block' (the original paper, timm)
+    by: str = 'stage',  # 'stage' (the authors), 'block' (the original paper, timm) or 'index' (EfficientNet)
 ) -> list[list[float]]:  # for each stage and block, the share of the configured rate
     "How the stochastic-depth rate is spread over the network; ValueError for another `by`."
     blocks = list(blocks)
-    if check_choice('drop path', by, ['stage', 'block']) == 'stage':
+    if check_choice('drop path', by, ['stage', 'block', 'index']) == 'stage':
         return [[(i + 2) / (len(blocks) + 1)] * n for i, n in enumerate(blocks)]
-    steps, ends = max(sum(blocks) - 1, 1), [sum(blocks[:i]) for i in range(len(blocks))]
+    # both rise from 0 in equal steps; the authors' EfficientNet stops a step short of the full rate
+    steps, ends = max(sum(blocks) - (by == 'block'), 1), [sum(blocks[:i]) for i in range(len(blocks))]
     return [[(end + j) / steps for j in range(n)] for end, n in zip(ends, blocks)]
 
 # %% ../nbs/10_regularizers.ipynb #cell-11

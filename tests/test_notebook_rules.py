@@ -66,6 +66,7 @@ FLOORS = {0: set(),
           4: {'jax', 'flax', 'optax', 'numpy', 'scipy', 'sklearn'},
           5: {'jax', 'flax', 'optax', 'numpy', 'joblib', 'pandas', 'tqdm'}}
 PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, imported when papermill asks for the engine
+            'hub': {'huggingface_hub'},                     # imported when weights are asked for
             'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'}}
 NO_JAX = ('evidence', 'records', 'report')      # evidence is read where there is no accelerator, and quickly
