@@ -17,6 +17,7 @@ from flax import nnx
 
 from .config import DEPTHS, VARIANTS, Config, check_choice
 from .efficientnet import COMPOUNDS, EfficientNet
+from .hub import find_release
 from .resnet import Network, ResNet
 from .resnet3d import VIDEO_VARIANTS, ResNet3D
 from .weights import About
@@ -63,6 +64,7 @@ def create_model(
     entry = _MODELS[check_choice('model', name, _MODELS)]
     known = [p for p in signature(entry.network.__init__).parameters if p not in ('self', 'num_classes', 'rngs', 'dialect')]
     for word in overrides: check_choice('option', word, known)
+    if pretrained is not None: find_release(name, pretrained)  # before anything is built
     make = partial(entry.network, num_classes=entry.classes if num_classes is None else num_classes, dialect=dialect)
     model = make(rngs=rngs or nnx.Rngs(0), **entry.settings | overrides)
     model.about = About.of(name, dialect, overrides)

@@ -93,7 +93,18 @@ def _place(message):
     shape = tuple(dict(_fields(dimension)).get(1, 0) for number, dimension in _fields(found.get(2, b'')) if number == 2)
     return Place(found.get(1, 0), shape, *(found.get(number, 0) for number in (3, 4, 5)))
 
-# %% ../nbs/06_tf_checkpoint.ipynb #cell-13
+# %% ../nbs/06_tf_checkpoint.ipynb #cell-14
+def _prefix(path):
+    "What a checkpoint's files begin with."
+    if path.name.endswith('.index'): return path.with_name(path.name.removesuffix('.index'))
+    try: newest = read_whole(path / 'checkpoint').decode().partition('model_checkpoint_path: "')[2].partition('"')[0]
+    except OSError: newest = ''
+    path = path / newest.rpartition('/')[2] if newest else path
+    if not path.with_name(path.name + '.index').exists():
+        raise FileNotFoundError(f'{path} is no TensorFlow checkpoint: there is no {path.name}.index')
+    return path
+
+# %% ../nbs/06_tf_checkpoint.ipynb #cell-15
 #: TensorFlow's number of a type -> the letter `memoryview` and `struct` have for it
 _LETTERS = {1: 'f', 2: 'd', 3: 'i', 4: 'B', 5: 'h', 6: 'b', 9: 'q', 10: '?', 17: 'H', 22: 'I', 23: 'Q'}
 
@@ -130,14 +141,3 @@ class TFCheckpoint(Mapping[str, memoryview]):
         if len(data) != place.size or place.size != math.prod(place.shape) * struct.calcsize(letter):
             raise ValueError(f'{path} is damaged: {name} {list(place.shape)} has {len(data)} bytes, should have {place.size}')
         return memoryview(data).cast(letter, place.shape)
-
-
-def _prefix(path):
-    "What a checkpoint's files begin with."
-    if path.name.endswith('.index'): return path.with_name(path.name.removesuffix('.index'))
-    try: newest = read_whole(path / 'checkpoint').decode().partition('model_checkpoint_path: "')[2].partition('"')[0]
-    except OSError: newest = ''
-    path = path / newest.rpartition('/')[2] if newest else path
-    if not path.with_name(path.name + '.index').exists():
-        raise FileNotFoundError(f'{path} is no TensorFlow checkpoint: there is no {path.name}.index')
-    return path

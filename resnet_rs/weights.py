@@ -215,7 +215,7 @@ def save_weights(model: nnx.Module, path: Any, about: About | None = None, notes
     arrays = {name: np.ascontiguousarray(variable[...]) for name, variable in variables.items()}
     write_whole(path, safetensors.numpy.save(arrays, {**(notes or {}), **facts}))
 
-
+# %% ../nbs/16_weights.ipynb #cell-31
 def read_notes(path: Any) -> dict[str, str]:
     "What a file of `save_weights` says about itself: name, dialect, options, classes, version, notes; ValueError: it is not one."
     return _read_ours(path)[1]
@@ -238,7 +238,7 @@ def load_weights(model: nnx.Module, path: Any, *, head: bool = True, strict: boo
     wanted = {n: Entry(n, v.shape, tuple(range(v.ndim))) for n, v in variables.items() if head or not n.startswith('head.')}
     _fill(model, wanted, arrays, arrays.keys() - variables.keys(), str(path))
 
-# %% ../nbs/16_weights.ipynb #cell-33
+# %% ../nbs/16_weights.ipynb #cell-34
 def pretrained(model: nnx.Module, source: str = 'timm', *, head: bool = True, about: About | None = None) -> Protocol:
     """Download released weights into a network of `create_model` (else `about` says what it is); how to evaluate them.
 
