@@ -15,7 +15,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal, uniform, variance_scaling
+from jax.nn.initializers import normal, variance_scaling
 
 from .config import DIALECTS, check_choice
 from .regularizers import BatchNorm, drop_path
@@ -37,7 +37,7 @@ def _within(limit):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-#: name -> Scheme; sources: `resnet_layers.py` and `efficientnet_model.py` (TF1), Keras' defaults in the Model Garden, timm's `resnet.py`
+#: name -> Scheme; sources: `resnet_layers.py`, `efficientnet_model.py` (TF1), Keras' defaults (Model Garden), timm's `resnet.py`
 INITIALIZERS: Mapping[str, Scheme] = MappingProxyType({
     'tf1': Scheme(_fan_in, lambda outputs: normal(0.01)),
     'garden': Scheme(_fan_in, lambda outputs: _within(0.05)),

@@ -51,8 +51,8 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType({
     'tf1': _TF1,
     'garden': Dialect(activation='swish', padding='same', pool_padding='same', first_pool=True, last_gamma=1.0, init='garden',
                       drop_path_by='stage', nesterov=False, decay='kernels', schedule='cosine', randaugment='garden'),
-    'timm': Dialect(activation='relu', padding='symmetric', pool_padding='symmetric', first_pool=False, last_gamma=0.0, init='timm',
-                    drop_path_by='block', nesterov=True, decay='kernels', schedule='cosine', randaugment=None),
+    'timm': Dialect(activation='relu', padding='symmetric', pool_padding='symmetric', first_pool=False, last_gamma=0.0,
+                    init='timm', drop_path_by='block', nesterov=True, decay='kernels', schedule='cosine', randaugment=None),
 })
 
 # %% ../nbs/01_config.ipynb #cell-12

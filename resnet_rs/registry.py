@@ -57,12 +57,13 @@ def create_model(
     head: bool = True,  # False: of the released weights, all but the classifier
     **overrides,  # of the network: width, blocks, activation, drop_path, dropout, se_ratio, dtype, param_dtype, remat ...
 ) -> Network:  # in training mode; call `.eval()` for inference
-    """A network of the paper: [N, H, W, 3] (video: [N, T, H, W, 3]) float, normalised -> logits [N, num_classes], at least float32.
+    """A network of the paper: [N, H, W, 3] (video: [N, T, H, W, 3]) float, normalised -> logits [N, num_classes], float32 or 64.
 
     ValueError for an unknown name or override, with the nearest right one, and for released weights that do not fit.
     """
     entry = _MODELS[check_choice('model', name, _MODELS)]
-    known = [p for p in signature(entry.network.__init__).parameters if p not in ('self', 'num_classes', 'rngs', 'dialect')]
+    own = ('self', 'num_classes', 'rngs', 'dialect')
+    known = [p for p in signature(entry.network.__init__).parameters if p not in own]
     for word in overrides: check_choice('option', word, known)
     if pretrained is not None: find_release(name, pretrained)  # before anything is built
     make = partial(entry.network, num_classes=entry.classes if num_classes is None else num_classes, dialect=dialect)
