@@ -6,7 +6,6 @@ with one batch norm for another (make_tf1.py says how); in single precision our 
 three times theirs. `python -m pytest -s` prints what is measured.
 """
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens import checkpoints, recipe
+from parity import GOLDENS, blank, compare, double, golden, run  # noqa: F401 (double is a fixture)
 
 from resnet_rs.blocks import ACTIVATIONS
 from resnet_rs.registry import create_model
 from resnet_rs.resnet3d import VIDEO_VARIANTS
 from resnet_rs.weights import load_garden, load_tf1
 
-GOLDENS = Path(__file__).parent / 'goldens'
 EVERY = sorted(p.stem for kind in ('garden', 'tf1') for p in GOLDENS.glob(f'{kind}_*_*[0-9].npz'))
 FAST = ('garden_resnet_rs_50_swish_128', 'garden_resnet3d_rs_50_7x45', 'tf1_resnet_rs_50_128', 'tf1_resnet_50_75')
 #: part of a golden's name -> what our network of that name needs to be told
@@ -29,27 +28,14 @@ OPTIONS = {'_relu': dict(activation='relu'), 'garden_resnet_50_': dict(activatio
 VALUE = '/.ATTRIBUTES/VARIABLE_VALUE'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _double():
-    with jax.enable_x64(True): yield
-
-
-def golden(name):
-    "What the authors' code gave, and from which weights and images."
-    path = GOLDENS / f'{name}.npz'
-    return recipe.load_arrays(path), recipe.load_spec(path)
-
-
 def empty(name, dtype=jnp.float64, **options):
     "Our network of a golden's name, every value of it NaN, so that none can be forgotten."
     dialect, rest = name.split('_', 1)
     model = next(m for m in ('resnet3d_rs_101', 'resnet3d_rs_50', 'resnet3d_50', 'resnet_rs_101', 'resnet_rs_50', 'resnet_50',
                              'efficientnet_b0') if rest.replace('3d_garden', '3d').startswith(m))
     for part, more in OPTIONS.items(): options = dict(more if part in name else {}) | options
-    options = dict(num_classes=golden(name)[0]['logits_f64'].shape[1], dialect=dialect, param_dtype=dtype) | options
-    model = nnx.eval_shape(lambda: create_model(model, rngs=nnx.Rngs(0), **options))  # draws no initial values
-    nnx.update(model, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), nnx.state(model)))
-    return model
+    options = dict(num_classes=golden(name)[0]['logits_f64'].shape[1], dialect=dialect) | options
+    return blank(model, dtype, **options)
 
 
 def fill(model, name, spec):
@@ -65,42 +51,13 @@ def loaded(name, dtype=jnp.float64, **options):
     return fill(empty(name, dtype, **options), name, golden(name)[1])
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(graph, state, images):
-    model = nnx.merge(graph, state)
-    return model(images), model.features(images)
-
-
-def run(model, spec):
-    "Logits and the outputs of the stages for the images of a golden."
-    graph, state = nnx.split(model)
-    logits, stages = _forward(graph, state, recipe.images(spec).astype(jax.tree.leaves(state)[0].dtype))
-    return np.asarray(logits), [np.asarray(stage) for stage in stages]
-
-
 def off(name, **options):
     "How far the logits of a golden's weights in another geometry are from the golden's, of the largest."
     return recipe.relative_error(run(loaded(name, **options), golden(name)[1])[0], golden(name)[0]['logits_f64'])
 
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in EVERY])
-def test_logits_and_stages(name):
-    arrays, spec = golden(name)
-    truth = arrays['logits_f64']
-    logits, stages = run(loaded(name), spec)
-    errors = {'logits': recipe.relative_error(logits, truth)}
-    for i, stage in enumerate(stages):
-        assert stage.shape == tuple(arrays[f'stage{i}_shape'])
-        for kept in (recipe.samples, recipe.projections):
-            key = f'stage{i}_{kept.__name__}'
-            errors[key] = recipe.relative_error(kept(f'stage{i}', stage), arrays[key])
-    assert len(stages) == sum(key.endswith('_shape') for key in arrays)
-    single = run(loaded(name, jnp.float32), spec)[0]
-    ours, theirs = (recipe.relative_error(x, truth) for x in (single, arrays['logits_f32']))
-    print(f'\n{name}: logits {errors["logits"]:.1e}, stages {max(errors.values()):.1e}; single {ours:.1e}, theirs {theirs:.1e}')
-    assert (logits.dtype, single.dtype) == (np.float64, np.float32)
-    assert max(errors.values()) < 1e-9, errors
-    assert ours <= 3 * theirs
+def test_logits_and_stages(name): compare(name, partial(loaded, name))
 
 
 def test_goldens_cover_the_authors_networks():

@@ -4,45 +4,29 @@ The goldens and how they are made: tests/goldens/make_timm.py; weights and image
 Double precision must agree to 1e-9, the training step to 1e-8; in single precision our distance from the double-precision truth
 may be three times timm's own. `python -m pytest -s` prints what is measured.
 """
-from functools import partial
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from goldens import recipe
+from parity import GOLDENS, blank, compare, double, golden, run  # noqa: F401 (double is a fixture)
 
 from resnet_rs.registry import create_model
 from resnet_rs.regularizers import smoothed_cross_entropy
 from resnet_rs.weights import load_timm
 
-GOLDENS = Path(__file__).parent / 'goldens'
 FAST = ('resnetrs50_128', 'resnetrs50_75', 'resnetrs101_96', 'resnet50_75', 'tf_efficientnet_b0_75')
 EVERY = sorted(path.stem.removeprefix('timm_') for path in GOLDENS.glob('timm_*_*.npz'))
 OPTIONS = {'resnet50d': dict(stem='deep', shortcut='avg')}  # where no name of ours says it
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _double():
-    with jax.enable_x64(True): yield
-
-
-def golden(name):
-    "What timm gave, and from which weights and images."
-    path = GOLDENS / f'timm_{name}.npz'
-    return recipe.load_arrays(path), recipe.load_spec(path)
 
 
 def empty(timm_name, dtype=jnp.float64, **options):
     "Our network of that name, every value of it NaN, so that none can be forgotten."
     family = 'efficientnet' if 'efficientnet' in timm_name else 'resnet_rs' if 'rs' in timm_name[3:] else 'resnet'
     number = timm_name.rpartition('_')[2] if family == 'efficientnet' else ''.join(filter(str.isdigit, timm_name))
-    options = dict(dialect='timm', param_dtype=dtype) | OPTIONS.get(timm_name, {}) | options
-    model = nnx.eval_shape(lambda: create_model(f'{family}_{number}', rngs=nnx.Rngs(0), **options))  # draws no initial values
-    nnx.update(model, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), nnx.state(model)))
-    return model
+    options = dict(dialect='timm') | OPTIONS.get(timm_name, {}) | options
+    return blank(f'{family}_{number}', dtype, **options)
 
 
 def loaded(spec, dtype=jnp.float64, **options):
@@ -53,37 +37,9 @@ def loaded(spec, dtype=jnp.float64, **options):
     return model
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(graph, state, images):
-    model = nnx.merge(graph, state)
-    return model(images), model.features(images)
-
-
-def run(model, spec):
-    "Logits and the outputs of the stages for the images of a golden."
-    graph, state = nnx.split(model)
-    logits, stages = _forward(graph, state, recipe.images(spec).astype(jax.tree.leaves(state)[0].dtype))
-    return np.asarray(logits), [np.asarray(stage) for stage in stages]
-
-
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in EVERY])
 def test_logits_and_stages(name):
-    arrays, spec = golden(name)
-    truth = arrays['logits_f64']
-    logits, stages = run(loaded(spec), spec)
-    errors = {'logits': recipe.relative_error(logits, truth)}
-    for i, stage in enumerate(stages):
-        assert stage.shape == tuple(arrays[f'stage{i}_shape'])
-        for kept in (recipe.samples, recipe.projections):
-            key = f'stage{i}_{kept.__name__}'
-            errors[key] = recipe.relative_error(kept(f'stage{i}', stage), arrays[key])
-    assert len(stages) == sum(key.endswith('_shape') for key in arrays)
-    single = run(loaded(spec, jnp.float32), spec)[0]
-    ours, timms = (recipe.relative_error(x, truth) for x in (single, arrays['logits_f32']))
-    print(f'\n{name}: logits {errors["logits"]:.1e}, stages {max(errors.values()):.1e}; single {ours:.1e}, timm {timms:.1e}')
-    assert (logits.dtype, single.dtype) == (np.float64, np.float32)
-    assert max(errors.values()) < 1e-9, errors
-    assert ours <= 3 * timms
+    compare(f'timm_{name}', lambda dtype: loaded(golden(f'timm_{name}')[1], dtype))
 
 
 def test_goldens_cover_the_networks_of_the_paper():
@@ -118,7 +74,7 @@ def in_timms_layout(params, where, tree):
 
 @pytest.mark.parametrize('name', ['resnetrs50_75', 'resnet50_75', 'tf_efficientnet_b0_75'])
 def test_every_value_has_its_own_place(name):
-    params = golden(name)[1]['params']
+    params = golden(f'timm_{name}')[1]['params']
     where = places(empty(name.rpartition('_')[0]), params)
     times = np.bincount(np.concatenate([indices.ravel() for indices in where.values()]))
     np.testing.assert_array_equal(times, np.ones(sum(int(np.prod(e['shape'])) for e in params)))
@@ -128,7 +84,7 @@ def test_every_value_has_its_own_place(name):
 
 @pytest.mark.parametrize('dtype', [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_training_step(dtype):
-    arrays, spec = golden('training')
+    arrays, spec = golden('timm_training')
     model = empty(spec['model'], dtype)
     load_timm(model, recipe.state(spec))
     graph, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -173,14 +129,14 @@ def fingerprint(name, x):
     ('resnet50_75', 'paper', 0.01, 0.4),  # SAME padding of the max pool
 ])
 def test_other_dialects_give_other_logits(name, dialect, low, high):
-    arrays, spec = golden(name)
+    arrays, spec = golden(f'timm_{name}')
     error = recipe.relative_error(run(loaded(spec, dialect=dialect, activation='relu'), spec)[0], arrays['logits_f64'])
     print(f'\n{name} in dialect {dialect}: {error:.1e} off')
     assert low <= error < high
 
 
 def test_a_part_in_a_million_of_any_kind_of_parameter_is_noticed():
-    arrays, spec = golden('resnetrs50_75')
+    arrays, spec = golden('timm_resnetrs50_75')
     model = loaded(spec)
     flat = nnx.to_flat_state(nnx.state(model))
     changes = {}
@@ -196,7 +152,7 @@ def test_a_part_in_a_million_of_any_kind_of_parameter_is_noticed():
 def initial(dialect):
     "{timm's name: initial values} of the first blocks of ResNet-RS-50."
     options = dict(blocks=(1, 1, 1, 1), dialect=dialect)
-    params = [e for e in golden('fresh')[1]['params'] if not e['name'].startswith('layer') or e['name'].split('.')[1] == '0']
+    params = [e for e in golden('timm_fresh')[1]['params'] if not e['name'].startswith('layer') or e['name'].split('.')[1] == '0']
     where = places(empty('resnetrs50', **options), params)
     with jax.default_prng_impl('unsafe_rbg'):  # compiles fastest
         model = create_model('resnet_rs_50', rngs=nnx.Rngs(0), **options)
@@ -205,7 +161,7 @@ def initial(dialect):
 
 def strangers(values):
     "Names of the parameters that timm does not draw like this."
-    arrays, spec = golden('fresh')
+    arrays, spec = golden('timm_fresh')
     found = []
     for e, (mean, std, largest) in zip(spec['params'], arrays['moments']):
         if e['name'] not in values: continue
@@ -231,7 +187,7 @@ def test_initial_values_of_the_model_garden_differ():
 
 
 def test_drop_path_rises_by_block():
-    arrays, spec = golden('fresh')
+    arrays, spec = golden('timm_fresh')
     blocks = {dialect: [block for stage in empty('resnetrs50', dialect=dialect).stages for block in stage]
               for dialect in ('timm', 'tf1')}
     rates = {dialect: [spec['drop_path'] * block.drop_share for block in found] for dialect, found in blocks.items()}
