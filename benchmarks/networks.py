@@ -76,7 +76,7 @@ def timm_turns(name, batch, size):
     import timm
     import torch
 
-    model = timm.create_model(name.replace('_', ''), pretrained=False)
+    model = timm.create_model(f'tf_{name}' if name.startswith('efficientnet') else name.replace('_', ''), pretrained=False)
     images, labels = (torch.from_numpy(array) for array in inputs(batch, size))
     images = images.permute(0, 3, 1, 2).contiguous()
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=0.1)

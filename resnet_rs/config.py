@@ -81,7 +81,7 @@ class _Network:
     precision: str = _word('float32', ['float32', 'bfloat16'], 'type of activations; weights and statistics stay float32')
     network: str | None = _word(None, ['efficientnet'], 'None for the ResNets of `depth`')
     depth_factor: float | None = _number(None, 0.05, 10, 'EfficientNet: multiplier of the blocks in a stage')
-    bn_epsilon: float | None = _number(None, 0, 1, "added to batch norm's variance, None for 1e-5", below=True)
+    bn_epsilon: float | None = _number(None, 0, 1, "EfficientNet: added to batch norm's variance", below=True)
 
 # %% ../nbs/01_config.ipynb #cell-14
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Config(_Training):
 #: what only a ResNet has, and field -> the (other field, value) without which it means nothing
 _RESNET = ('depth', 'stem', 'stem_pool', 'shortcut')
 _BELONGS = dict.fromkeys(_RESNET, ('network', None)) | {
-    'depth_factor': ('network', 'efficientnet'), 'rms_decay': ('optimizer', 'rmsprop'), 'rms_epsilon': ('optimizer', 'rmsprop'),
+    'depth_factor': ('network', 'efficientnet'), 'bn_epsilon': ('network', 'efficientnet'),
+    'rms_decay': ('optimizer', 'rmsprop'), 'rms_epsilon': ('optimizer', 'rmsprop'),
     'lr_decay_factor': ('schedule', 'exponential'), 'lr_decay_epochs': ('schedule', 'exponential')}
 
 # %% ../nbs/01_config.ipynb #cell-17
@@ -208,7 +209,6 @@ def check_trainable(config: Config) -> None:
     "Raise ValueError if `config` asks for something that the training loop does not have yet."
     lacking = [f'{n} {getattr(config, n)}' for n in ('network', 'optimizer', 'augmentation') if getattr(config, n) is not None]
     if config.schedule == 'exponential': lacking.append('schedule exponential')
-    if config.bn_epsilon is not None: lacking.append(f'bn_epsilon {config.bn_epsilon:g}')
     if DIALECTS[config.dialect].randaugment != 'tf1': lacking.append(f'the RandAugment of dialect {config.dialect}')
     if lacking:
         raise ValueError(f'this configuration cannot be trained yet: {", ".join(lacking)}. '

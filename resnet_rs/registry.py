@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from .config import DEPTHS, VARIANTS, Config, check_choice
+from .config import DEPTHS, DIALECTS, VARIANTS, Config, check_choice, check_field
 from .efficientnet import COMPOUNDS, EfficientNet
 from .hub import find_release
 from .resnet import Network, ResNet
@@ -47,6 +47,22 @@ def list_models(pattern: str = '*') -> list[str]:
     return [name for name in _MODELS if fnmatch(name, pattern)]
 
 # %% ../nbs/17_registry.ipynb #cell-07
+def _check(num_classes, overrides):
+    "ValueError for numbers that no network can be made of."
+    if num_classes < 1: raise ValueError(f'num_classes = {num_classes!r} should be at least 1')
+    for name in {'width', 'depth_factor', 'se_ratio'} & overrides.keys(): check_field(name, overrides[name])
+    if 'blocks' in overrides and (len(overrides['blocks']) != 4 or min(overrides['blocks']) < 1):
+        raise ValueError(f'blocks = {overrides["blocks"]!r} should be four numbers of at least 1, one a stage')
+
+
+def _about(name, dialect, options):
+    "What a network is, without the options that change nothing."
+    entry = _MODELS[name]
+    usual = {p.name: p.default for p in signature(entry.network.__init__).parameters.values()} | entry.settings
+    if usual['activation'] is None: usual['activation'] = DIALECTS[dialect].activation if entry.network is ResNet else 'swish'
+    return About.of(name, dialect, {key: value for key, value in options.items() if value not in (None, usual[key])})
+
+# %% ../nbs/17_registry.ipynb #cell-08
 def create_model(
     name: str,  # such as 'resnet_rs_50', see `list_models`
     num_classes: int | None = None,  # None: 1000 as in ImageNet, 400 as in Kinetics for the video networks
@@ -65,21 +81,31 @@ def create_model(
     own = ('self', 'num_classes', 'rngs', 'dialect')
     known = [p for p in signature(entry.network.__init__).parameters if p not in own]
     for word in overrides: check_choice('option', word, known)
+    num_classes = entry.classes if num_classes is None else num_classes
+    _check(num_classes, overrides)
     if pretrained is not None: find_release(name, pretrained)  # before anything is built
-    make = partial(entry.network, num_classes=entry.classes if num_classes is None else num_classes, dialect=dialect)
-    model = make(rngs=rngs or nnx.Rngs(0), **entry.settings | overrides)
-    model.about = About.of(name, dialect, overrides)
+    elif not head: raise ValueError('head=False leaves the classifier out of what is loaded: it needs pretrained=...')
+    model = entry.network(num_classes=num_classes, dialect=dialect, rngs=rngs or nnx.Rngs(0), **entry.settings | overrides)
+    model.about = _about(name, dialect, overrides)
     if pretrained is not None: load_pretrained(model, source=pretrained, head=head)
     return model
 
-
+# %% ../nbs/17_registry.ipynb #cell-09
 def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> Network:
     """The network that a `Config` describes, for `num_classes` classes.
 
     Rates are left at 0: the training loop gives them at each call, so that one compiled program serves all of them.
     """
-    shared = dict(num_classes=num_classes, rngs=rngs, width=config.width, se_ratio=config.se_ratio,
-                  bn_group_size=config.bn_group_size, dialect=config.dialect, dtype=jnp.dtype(config.precision))
     if config.network == 'efficientnet':
-        return EfficientNet(depth_factor=config.depth_factor, bn_epsilon=config.bn_epsilon or 1e-3, **shared)
-    return ResNet(DEPTHS[config.depth], stem=config.stem, stem_pool=config.stem_pool, shortcut=config.shortcut, **shared)
+        name, fields = 'efficientnet_b0', ('width', 'depth_factor', 'se_ratio', 'bn_epsilon')
+    else:
+        name, fields = f'resnet{"_rs" if config.se_ratio and config.shortcut == "avg" else ""}_50', _SWITCHES
+    options = {field: getattr(config, field) for field in fields}
+    if config.network is None: options['blocks'] = DEPTHS[config.depth]
+    for known in list_models(name.rpartition('_')[0] + '_*'):  # the released name where there is one
+        if _MODELS[known].settings.items() <= options.items(): name = known
+    return create_model(name, num_classes, rngs=rngs, dialect=config.dialect, bn_group_size=config.bn_group_size,
+                        dtype=jnp.dtype(config.precision), **options)
+
+
+_SWITCHES = ('width', 'se_ratio', 'stem', 'stem_pool', 'shortcut')

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .blocks import Bottleneck, Stem, Style
-from .config import DEPTHS, VARIANTS
+from .config import DEPTHS, VARIANTS, check_field
 from .regularizers import dropout, drop_path_shares
 
 # %% ../nbs/12_resnet.ipynb #cell-05
@@ -52,6 +52,7 @@ class Network(nnx.Module):
     neck = None
 
     def __init__(self, drop_path: float = 0.0, dropout: float = 0.0, remat: bool = False):
+        for name, rate in dict(drop_path=drop_path, dropout=dropout).items(): check_field(name, rate)
         self.drop_path, self.dropout, self.remat, self.deterministic = drop_path, dropout, remat, False
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None, drop_path=None, bn_momentum=None) -> list[jax.Array]:

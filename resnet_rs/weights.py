@@ -108,6 +108,7 @@ class _Renamed(Mapping):
     "Some entries of a mapping under other names, read when asked for."
     def __init__(self, given, keys): self._given, self._keys = given, keys
     def __getitem__(self, name): return self._given[self._keys[name]]
+    def __contains__(self, name): return name in self._keys     # Mapping's own would read the array
     def __iter__(self): return iter(self._keys)
     def __len__(self): return len(self._keys)
 
@@ -124,12 +125,14 @@ def _read_safetensors(path):
     try:
         tensors = safetensors.deserialize(content)
         notes = json.loads(content[8:8 + int.from_bytes(content[:8], 'little')]).get('__metadata__', {})
-        types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64}
-        return {name: np.frombuffer(t['data'], types[t['dtype']]).reshape(t['shape']) for name, t in tensors}, notes
-    except (safetensors.SafetensorError, KeyError) as error:
+    except safetensors.SafetensorError as error:
         pickled = content[:2] in (b'PK', b'\x80\x02')   # torch's two formats
         hint = '; pickles are never read, save it with safetensors.torch.save_file' if pickled else ''
         raise ValueError(f'{path} is not a safetensors file ({error}){hint}') from None
+    types = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64, 'I32': np.int32}
+    if strange := [f'{name} is {t["dtype"]}' for name, t in tensors if t['dtype'] not in types]:
+        raise ValueError(f'{path} has types that are not read here ({", ".join(types)} are): {"; ".join(strange)}')
+    return {name: np.frombuffer(t['data'], types[t['dtype']]).reshape(t['shape']) for name, t in tensors}, notes
 
 # %% ../nbs/16_weights.ipynb #cell-23
 _AVERAGE = '/ExponentialMovingAverage'
@@ -146,10 +149,13 @@ def load_tf1(model: nnx.Module, checkpoint: Any, ema: bool = True, *, head: bool
     `ema`: the moving averages, which the authors evaluated; else the raw weights. Not `head`: the classifier stays as it is.
     ValueError lists all that is unknown, missing or of another shape; nothing is loaded then."""
     given, keys, training = _checkpoint(checkpoint), {}, ('/Momentum', '/RMSProp', '/RMSProp_1', 'global_step')
+    known = {entry.name for entry in names(model, 'tf1').values()}
     for name in given:
-        if name.endswith(training) or name.endswith(_AVERAGE) != ema: continue
-        keys[re.sub(r'^[^/]+/(?=(stem|head|blocks_\d+)/)', '', name.removesuffix(_AVERAGE))] = name
-    if ema and not keys: raise ValueError('the TF1 checkpoint has no moving averages; ema=False loads the raw weights')
+        if name.endswith(training) or name.endswith(_AVERAGE) and not ema: continue
+        plain = re.sub(r'^[^/]+/(?=(stem|head|blocks_\d+)/)', '', name.removesuffix(_AVERAGE))
+        if not ema or name.endswith(_AVERAGE) or plain not in known: keys[plain] = name  # strangers too: they are told
+    if ema and not any(name.endswith(_AVERAGE) for name in given):
+        raise ValueError('the TF1 checkpoint has no moving averages; ema=False loads the raw weights')
     _fill_from(model, 'tf1', _Renamed(given, keys), head, 'the TF1 checkpoint')
 
 # %% ../nbs/16_weights.ipynb #cell-25
