@@ -56,6 +56,7 @@ class Style:
         self.rngs, self.ndim, self.dtype, self.param_dtype = rngs, ndim, dtype or param_dtype, param_dtype
         self.activation = ACTIVATIONS[check_choice('activation', activation or self.says.activation, ACTIVATIONS)]
         self.padding = check_choice('padding', padding or self.says.padding, ['symmetric', 'same'])
+        self.pool_padding = padding or self.says.pool_padding
         self.init = INITIALIZERS[check_choice('init', init or self.says.init, INITIALIZERS)]
         self.bn_momentum, self.bn_epsilon, self.bn_group_size = bn_momentum, bn_epsilon, bn_group_size
 
@@ -188,16 +189,18 @@ class Shortcut(nnx.Module):
 class Stem(nnx.Module):
     """[N, *space, 3] -> [N, *space / 4, 64 * width] ('none' as pool: / 2).
 
-    In a clip, `in_time` is the size and the stride of the first convolution along time."""
+    In a clip, `in_time` is the size and the stride of the first convolution along time, `pool_in_time` the max pool's stride,
+    which looks at three frames where it strides and at one where it does not."""
 
-    def __init__(self, width: float = 1.0, kind: str = 'plain', pool: str = 'max', *, style: Style, in_time: tuple = (1, 1)):
+    def __init__(self, width: float = 1.0, kind: str = 'plain', pool: str = 'max', *, style: Style, in_time: tuple = (1, 1),
+                 pool_in_time: int = 1):
         half, full = int(32 * width), int(64 * width)
         shapes = {'plain': [(3, full, 7, 2)], 'deep': [(3, half, 3, 2), (half, half, 3, 1), (half, full, 3, 1)]}
         layers = list(shapes[check_choice('stem', kind, shapes)])
         if check_choice('stem_pool', pool, ['max', 'conv', 'none']) == 'conv': layers.append((full, full, 3, 2))
         self.layers = nnx.List([ConvNorm(c_in, c_out, *(style.spatial(n, t if i == 0 else 1) for n, t in zip(shape, in_time)),
                                          style=style) for i, (c_in, c_out, *shape) in enumerate(layers)])
-        pooling = (style.spatial(3), style.spatial(2), style.says.pool_padding)
+        pooling = (style.spatial(3, 1 if pool_in_time == 1 else 3), style.spatial(2, pool_in_time), style.pool_padding)
         self.max_pool, self.channels = pooling if pool == 'max' else None, full
 
     def __call__(self, x: jax.Array, bn_momentum=None) -> jax.Array:

@@ -47,12 +47,14 @@ def list_models(pattern: str = '*') -> list[str]:
     return [name for name in _MODELS if fnmatch(name, pattern)]
 
 # %% ../nbs/17_registry.ipynb #cell-07
-def _check(num_classes, overrides):
-    "ValueError for numbers that no network can be made of."
+def _checked(num_classes, overrides):
+    "The overrides, factors as floats, blocks as a tuple; ValueError for numbers that no network can be made of."
     if num_classes < 1: raise ValueError(f'num_classes = {num_classes!r} should be at least 1')
-    for name in {'width', 'depth_factor', 'se_ratio'} & overrides.keys(): check_field(name, overrides[name])
     if 'blocks' in overrides and (len(overrides['blocks']) != 4 or min(overrides['blocks']) < 1):
         raise ValueError(f'blocks = {overrides["blocks"]!r} should be four numbers of at least 1, one a stage')
+    read = {name: check_field(name, overrides[name]) for name in {'width', 'depth_factor', 'se_ratio'} & overrides.keys()}
+    if 'blocks' in overrides: read['blocks'] = tuple(overrides['blocks'])
+    return overrides | read
 
 
 def _about(name, dialect, options):
@@ -82,7 +84,7 @@ def create_model(
     known = [p for p in signature(entry.network.__init__).parameters if p not in own]
     for word in overrides: check_choice('option', word, known)
     num_classes = entry.classes if num_classes is None else num_classes
-    _check(num_classes, overrides)
+    overrides = _checked(num_classes, overrides)
     if pretrained is not None: find_release(name, pretrained)  # before anything is built
     elif not head: raise ValueError('head=False leaves the classifier out of what is loaded: it needs pretrained=...')
     model = entry.network(num_classes=num_classes, dialect=dialect, rngs=rngs or nnx.Rngs(0), **entry.settings | overrides)
@@ -96,16 +98,18 @@ def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> Network:
 
     Rates are left at 0: the training loop gives them at each call, so that one compiled program serves all of them.
     """
-    if config.network == 'efficientnet':
-        name, fields = 'efficientnet_b0', ('width', 'depth_factor', 'se_ratio', 'bn_epsilon')
-    else:
-        name, fields = f'resnet{"_rs" if config.se_ratio and config.shortcut == "avg" else ""}_50', _SWITCHES
+    fields = _SCALED if config.network == 'efficientnet' else _SWITCHES
     options = {field: getattr(config, field) for field in fields}
-    if config.network is None: options['blocks'] = DEPTHS[config.depth]
-    for known in list_models(name.rpartition('_')[0] + '_*'):  # the released name where there is one
-        if _MODELS[known].settings.items() <= options.items(): name = known
+    if config.network == 'efficientnet':
+        sizes = [known for known in list_models('efficientnet_*') if _MODELS[known].settings.items() <= options.items()]
+        name = sizes[0] if sizes else 'efficientnet_b0'
+    else:
+        family = 'resnet_rs' if config.se_ratio and config.shortcut == 'avg' else 'resnet'
+        name = f'{family}_{config.depth}' if f'{family}_{config.depth}' in _MODELS else f'{family}_50'
+        options['blocks'] = DEPTHS[config.depth]
     return create_model(name, num_classes, rngs=rngs, dialect=config.dialect, bn_group_size=config.bn_group_size,
                         dtype=jnp.dtype(config.precision), **options)
 
 
+_SCALED = ('width', 'depth_factor', 'se_ratio', 'bn_epsilon')
 _SWITCHES = ('width', 'se_ratio', 'stem', 'stem_pool', 'shortcut')

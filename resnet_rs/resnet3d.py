@@ -71,9 +71,7 @@ def _stem(width, kind, pool, temporal, pool_stride, style):
     "A stem for clips; the authors' max pool looks through time (3 frames) only where it also strides there."
     if pool_stride != 1 and pool != 'max':
         raise ValueError(f'pool_temporal_stride = {pool_stride} needs stem_pool = \'max\', not {pool!r}')
-    stem = Stem(width, kind, pool, style=style, in_time=tuple(temporal))
-    if pool == 'max': stem.max_pool = ((1 if pool_stride == 1 else 3, 3, 3), (pool_stride, 2, 2), 'same')
-    return stem
+    return Stem(width, kind, pool, style=style, in_time=tuple(temporal), pool_in_time=pool_stride)
 
 
 def _spread(kernels, blocks):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -73,7 +74,7 @@ def _array(value):
 
 def _fill(model, wanted, given, unknown, what):
     "Write `given` (name -> array) into the variables of `wanted` (path -> Entry); ValueError with all that does not fit."
-    wrong, variables, new = [f'{name} is unknown' for name in unknown], _variables(model), {}
+    wrong, variables, new = [f'{name} is unknown' for name in sorted(unknown)], _variables(model), {}
     for path, (name, shape, axes) in wanted.items():
         if name not in given:
             wrong.append(f'{name} is missing')
@@ -205,9 +206,9 @@ class About:
         return cls(name, dialect, json.dumps(kept, sort_keys=True, default=str))
 
 
-def _about(model):
+def _about(model, otherwise="or give about=About('resnet_rs_50', 'paper')"):
     if hasattr(model, 'about'): return model.about
-    raise ValueError("what is this network? Give about=About('resnet_rs_50', 'paper'), or make it with create_model")
+    raise ValueError(f'what is this network? Make it with create_model, {otherwise}')
 
 
 def save_weights(model: nnx.Module, path: Any, about: About | None = None, notes: Mapping[str, str] | None = None) -> None:
@@ -217,6 +218,8 @@ def save_weights(model: nnx.Module, path: Any, about: About | None = None, notes
     what the network is; StorageError: the file cannot be written."""
     import safetensors.numpy
     variables, about = _variables(model), about or _about(model)
+    if any(isinstance(variable.get_value(), jax.ShapeDtypeStruct) for variable in variables.values()):
+        raise ValueError(f'{about.name} is only described (nnx.eval_shape), it has no weights to save yet')
     facts = dict(format=_FORMAT, version=__version__, classes=str(variables['head.bias'].shape[0]), **asdict(about))
     arrays = {name: np.ascontiguousarray(variable[...]) for name, variable in variables.items()}
     write_whole(path, safetensors.numpy.save(arrays, {**(notes or {}), **facts}))
@@ -237,8 +240,8 @@ def load_weights(model: nnx.Module, path: Any, *, head: bool = True, strict: boo
     """Load a file of `save_weights`. Not `head`: the classifier stays as it is.
 
     ValueError lists what differs: names, shapes and, if `strict`, what file and network say they are; nothing is loaded then."""
-    (arrays, notes), about, variables = _read_ours(path), getattr(model, 'about', None), _variables(model)
-    ours = asdict(about) if about and strict else {}
+    (arrays, notes), variables = _read_ours(path), _variables(model)
+    ours = asdict(_about(model, 'or compare names and shapes only, strict=False')) if strict else {}
     if wrong := [f'{key} is {notes.get(key)}, not {value}' for key, value in ours.items() if notes.get(key) != value]:
         raise ValueError(f'{path} is of another network: {"; ".join(wrong)}. strict=False looks at names and shapes only')
     wanted = {n: Entry(n, v.shape, tuple(range(v.ndim))) for n, v in variables.items() if head or not n.startswith('head.')}

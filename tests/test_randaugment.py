@@ -4,7 +4,6 @@ The goldens and their recipe: tests/goldens/make_randaugment_tf1.py. Exact opera
 Sharpness truncate rounded floats and are allowed one level on 2% and two levels on 4% of the values, should a machine round
 otherwise (on x86 none differs).
 """
-import importlib.util
 import json
 import zlib
 from collections import Counter
@@ -15,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import make_randaugment_tf1 as make
 
 from resnet_rs.randaugment import _DIALECTS, OPS, _arguments, _augment, _draw, apply_op, rand_augment
 
 GOLDENS = Path(__file__).parent / 'goldens'
-_module = importlib.util.spec_from_file_location('make_randaugment_tf1', GOLDENS / 'make_randaugment_tf1.py')
-make = importlib.util.module_from_spec(_module)
-_module.loader.exec_module(make)
 
 GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 TOLERANCE = {'AutoContrast': (1, 0.02), 'Sharpness': (2, 0.04)}  # levels, share of the values

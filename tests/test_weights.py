@@ -24,9 +24,9 @@ from flax import nnx
 from goldens import checkpoints, recipe
 
 from resnet_rs import __version__
-from resnet_rs.config import DEPTHS, DIALECTS
+from resnet_rs.config import DEPTHS, DIALECTS, Config
 from resnet_rs.hub import HUB
-from resnet_rs.registry import create_model, list_models
+from resnet_rs.registry import create_model, from_config, list_models
 from resnet_rs.resnet import ResNet
 from resnet_rs.tf_checkpoint import TFCheckpoint
 from resnet_rs.weights import (About, export_weights, load_garden, load_tf1, load_timm, load_weights, names, pretrained,
@@ -76,7 +76,7 @@ KINDS = {'timm': ('resnet_', 'efficientnet_'), 'tf1': ('resnet_', 'efficientnet_
 
 
 def deep(name):
-    "Tracing the initial values of a deep network takes long; 16_weights looks at all of them, too."
+    "Tracing the initial values of a deep network takes long."
     return pytest.mark.slow if int(re.findall(r'\d+', name)[-1]) > 101 or name[-2:] in ('b5', 'b6', 'b7') else ()
 
 
@@ -223,6 +223,14 @@ def test_averages_of_tf1():
     refused(lambda: load_tf1(model, both), model, '1 differences: batch_normalization_3/moving_mean is missing')
 
 
+def test_a_stranger_among_the_raw_weights_is_told_also_where_averages_are_loaded():
+    state = export_weights(small(1), 'tf1')
+    both = state | {f'{name}/ExponentialMovingAverage': value for name, value in state.items()}
+    model = small()
+    refused(lambda: load_tf1(model, both | {'stranger/kernel': np.zeros(1)}), model, '1 differences: stranger/kernel is unknown')
+    refused(lambda: load_tf1(model, state), model, 'has no moving averages; ema=False')
+
+
 def test_averages_of_the_garden():
     raw, averaged = small(1), small(2)
     slot = '/.OPTIMIZER_SLOT/optimizer/average/.ATTR'
@@ -339,10 +347,41 @@ def test_files_that_are_none_of_ours(tmp_path):
     path.write_bytes(pickle.dumps({'fc.weight': 1}, protocol=2))
     refused(lambda: load_timm(model, path), model, 'pickles are never read')
     with pytest.raises(FileNotFoundError): load_timm(model, tmp_path / 'nothing.safetensors')
+    path.write_bytes(safetensors.numpy.save({'fc.weight': np.zeros(2, np.uint8)}))
+    refused(lambda: load_timm(model, path), model, 'fc.weight is U8')
     bare = ResNet(DEPTHS[14], 3, rngs=nnx.Rngs(0), width=0.125)
     with pytest.raises(ValueError, match='what is this network'): save_weights(bare, path)
     save_weights(bare, path, About('resnet_14', 'paper'))
     assert read_notes(path)['name'] == 'resnet_14'
+    refused(lambda: load_weights(bare, path), bare, 'what is this network', 'strict=False')
+    load_weights(bare, path, strict=False)
+    with pytest.raises(ValueError, match='only described'): save_weights(abstract('resnet_rs_50'), path)
+
+
+@pytest.mark.parametrize('same_thing', [dict(width=1), dict(activation='relu'), dict(se_ratio=0.25), dict(blocks=[3, 4, 6, 3]),
+                                        dict(stem='deep', drop_path=0.1, remat=True), dict(activation=None)])
+def test_what_is_said_again_changes_nothing(same_thing):
+    assert create_abstract('resnet_rs_50', **same_thing).about == About('resnet_rs_50', 'paper')
+    assert create_abstract('resnet_rs_50', width=2).about == create_abstract('resnet_rs_50', width=2.0).about
+
+
+def create_abstract(name, **options): return nnx.eval_shape(lambda: create_model(name, **options))
+
+
+@pytest.mark.parametrize('config, about', [
+    (Config.paper('resnet_rs_50'), About('resnet_rs_50', 'paper')),
+    (Config.paper('efficientnet_b3'), About('efficientnet_b3', 'paper')),
+    (Config(depth=26, width=0.5, se_ratio=0.25, dialect='garden'),
+     About('resnet_26', 'garden', '{"se_ratio": 0.25, "width": 0.5}')),
+    (Config(depth=14), About('resnet_50', 'paper', '{"blocks": [1, 1, 1, 1]}'))])
+def test_the_network_of_a_configuration_knows_what_it_is(config, about):
+    made = nnx.eval_shape(lambda: from_config(config, 1000, nnx.Rngs(0)))
+    named = create_abstract(about.name, dialect=about.dialect, **json.loads(about.options))
+    assert made.about == named.about == about
+    assert {k: v.shape for k, v in flat(made).items()} == {k: v.shape for k, v in flat(named).items()}
+
+
+def flat(model): return dict(nnx.to_flat_state(nnx.state(model)))
 
 
 def test_nothing_here_reads_pickles():

@@ -6,6 +6,8 @@ variables by the recipe (recipe.py), let that code write the checkpoint, and `ke
 the few tensors that no recipe draws (step counters, the object graph) and the SHA-256 of the data. `redraw` makes the data
 file again, byte for byte: the result is the checkpoint that the authors' code wrote, and nothing of it is our making.
 
+The reader of `.index` files here is not the library's on purpose: it makes what the library's is tested with.
+
 Python 3.7 and numpy 1.18 are enough, because the authors' first code needs those.
 """
 import hashlib

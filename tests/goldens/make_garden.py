@@ -70,17 +70,6 @@ NETWORKS = {
 SEED = 2
 
 
-class Replaced:
-    """A module as the peer's code sees it, with some attributes replaced."""
-
-    def __init__(self, module, **attributes):
-        self.__dict__.update(attributes)
-        self._module = module
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
 class FoldedPool(tf_keras.layers.Layer):
     """MaxPool3D with SAME padding as 2D pools, which have a double-precision kernel."""
 
@@ -107,7 +96,7 @@ def build(name, folded=False):
         return classification_model.ClassificationModel(backbone, classes, spec), backbone
     repeats = [stage[-1] for stage in resnet_3d.RESNET_SPECS[depth]]
     settings["temporal_kernel_sizes"] = [(tuple(k) * n)[:n] for k, n in zip(settings["temporal_kernel_sizes"], repeats)]
-    resnet_3d.layers = Replaced(tf_keras.layers, MaxPool3D=FoldedPool) if folded else tf_keras.layers
+    resnet_3d.layers = recipe.Replaced(tf_keras.layers, MaxPool3D=FoldedPool) if folded else tf_keras.layers
     backbone = resnet_3d.ResNet3D(depth, temporal_strides=[1] * 4, input_specs=spec, stem_conv_temporal_kernel_size=5,
                                   stem_conv_temporal_stride=2, **settings)
     return video_classification_model.VideoClassificationModel(backbone, classes, {"image": spec}), backbone

@@ -25,6 +25,11 @@ import zlib
 
 import numpy as np
 
+if __package__:
+    from . import recipe
+else:                                                              # run as a script
+    import recipe
+
 COMMIT = "7dc921f846c9e4071f3884b768a7ddf521272a49"
 OPS = ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast", "Brightness",
        "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout", "SolarizeAdd"]
@@ -87,17 +92,6 @@ def spec():
                          or r["op"] == "Sharpness" and r["m"] in (1, 6, 10, 15, 20)])
 
 
-class Replaced:
-    """A module as the authors' code sees it, with some attributes replaced."""
-
-    def __init__(self, module, **attributes):
-        self.__dict__.update(attributes)
-        self._module = module
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
 def load_authors(tree):
     """A function (rows, image) -> outputs uint8[rows,H,W,3] that runs the authors' code, sign and centre pinned."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -111,7 +105,7 @@ def load_authors(tree):
     def build(row, image, placeholder):
         draws = list(centre(row, image) or ())                       # height first, as the authors draw them
         autoaugment._randomly_negate_tensor = lambda t: tf.convert_to_tensor(row["sign"] * t, tf.float32)
-        autoaugment.tf = Replaced(tf, random_uniform=lambda **_: tf.constant(draws.pop(0), tf.int32))
+        autoaugment.tf = recipe.Replaced(tf, random_uniform=lambda **_: tf.constant(draws.pop(0), tf.int32))
         function, _, arguments = autoaugment._parse_policy_info(row["op"], 1.0, float(row["m"]), [128] * 3, constants)
         return function(placeholder, *arguments)
 

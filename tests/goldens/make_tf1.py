@@ -47,17 +47,6 @@ NETWORKS = {"resnet_rs_50_128": (RS, 128, 1000), "resnet_rs_50_75": (RS, 75, 10)
 SEED = 1
 
 
-class Replaced:
-    """A module as the authors' code sees it, with some attributes replaced."""
-
-    def __init__(self, module, **attributes):
-        self.__dict__.update(attributes)
-        self._module = module
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
 def load_authors(tree):
     """The authors' modules: tf, resnet_model, resnet_layers, resnet_main, efficientnet_builder, utils."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -113,7 +102,7 @@ def build(authors, name, images, fused=True):
         utils.eval_batch_norm = model
         blocks = [ends[f"block_{i}"] for i in range(16)]           # a stage ends where the next block has another shape
         return logits, [x for i, x in enumerate(blocks) if i == 15 or blocks[i + 1].shape[1:] != x.shape[1:]]
-    resnet_model.tf = tf if fused else Replaced(tf, layers=Replaced(
+    resnet_model.tf = tf if fused else recipe.Replaced(tf, layers=recipe.Replaced(
         tf.layers, batch_normalization=lambda **k: tf.layers.batch_normalization(**dict(k, fused=False))))
     logits = resnet_model.resnet(50, classes, data_format="channels_last", bn_momentum=0.0, **settings)(images, False)
     return logits, [tf.get_default_graph().get_tensor_by_name(f"block_group{i}:0") for i in (1, 2, 3, 4)]

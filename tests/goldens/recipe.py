@@ -110,7 +110,18 @@ def save(path, spec, arrays):
     print(f"{os.path.basename(path)}: {len(arrays)} arrays, {os.path.getsize(path) / 1024:.0f} kB", flush=True)
 
 
-# What lets the peers' code be imported without the packages that it imports and never calls
+# What lets the peers' code run here: with parts of it replaced, without the packages that it imports and never calls
+
+class Replaced:
+    """A module as the peer's code sees it, with some attributes replaced."""
+
+    def __init__(self, module, **attributes):
+        self.__dict__.update(attributes)
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
 
 class Hollow(types.ModuleType):
     """A module all of whose names are mocks."""
