@@ -34,9 +34,10 @@ class Entry(BasicMarkdownRenderer):
 
 
 def render(sym, **options):
-    "The entry of a name, with the arguments of a Flax module itself, and stars of docstrings as stars."
+    "The entry of a name, with the arguments of a Flax module itself, a named tuple's fields, and stars of docstrings as stars."
     if isinstance(sym, type) and type(sym).__call__ is not type.__call__:  # else `*args, **kwargs` of the metaclass
         sym.__signature__ = inspect.signature(sym.__init__.__get__(sym))
+    if hasattr(sym, '_fields'): sym.__dataclass_fields__ = {}  # only of dataclasses are fields and their comments read
     entry = Entry(sym, **options)
     entry.docs = re.sub(r'`[^`]*`|\*', lambda m: r'\*' if m[0] == '*' else m[0], entry.docs)
     return entry

@@ -95,8 +95,8 @@ class BatchNorm(nnx.Module):
 
     def _move(self, mean, var, count, momentum):
         var = var.mean(0) * (count / max(count - 1, 1))
-        self.mean[...] = momentum * self.mean[...] + (1 - momentum) * jax.lax.stop_gradient(mean.mean(0))
-        self.var[...] = momentum * self.var[...] + (1 - momentum) * jax.lax.stop_gradient(var)
+        for kept, new in ((self.mean, mean.mean(0)), (self.var, var)):  # set_value: kept[...] = looks all the program over
+            kept.set_value(momentum * kept[...] + (1 - momentum) * jax.lax.stop_gradient(new))
 
 # %% ../nbs/10_regularizers.ipynb #cell-20
 def ema_decay(
