@@ -41,18 +41,22 @@ class Dialect:
     decay: str  # what L2 reaches: 'all_but_norm' (biases too) or 'kernels'
     schedule: str  # of the learning rate of a released ResNet-RS
     randaugment: str | None  # which set of RandAugment operations, None: not one of the authors'
+    protocol: str  # how photographs are cut and resized, one of `resnet_rs.preprocess.PROTOCOLS`
 
 
 _TF1 = Dialect(activation='relu', padding='symmetric', pool_padding='same', first_pool=False, last_gamma=0.0, init='tf1',
-               drop_path_by='stage', nesterov=True, decay='all_but_norm', schedule='step', randaugment='tf1')
+               drop_path_by='stage', nesterov=True, decay='all_but_norm', schedule='step', randaugment='tf1',
+               protocol='tf1')
 #: name -> Dialect
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({
     'paper': replace(_TF1, schedule='cosine'),
     'tf1': _TF1,
     'garden': Dialect(activation='swish', padding='same', pool_padding='same', first_pool=True, last_gamma=1.0, init='garden',
-                      drop_path_by='stage', nesterov=False, decay='kernels', schedule='cosine', randaugment='garden'),
+                      drop_path_by='stage', nesterov=False, decay='kernels', schedule='cosine', randaugment='garden',
+                      protocol='garden'),
     'timm': Dialect(activation='relu', padding='symmetric', pool_padding='symmetric', first_pool=False, last_gamma=0.0,
-                    init='timm', drop_path_by='block', nesterov=True, decay='kernels', schedule='cosine', randaugment=None),
+                    init='timm', drop_path_by='block', nesterov=True, decay='kernels', schedule='cosine', randaugment=None,
+                    protocol='timm'),
 })
 
 # %% ../nbs/01_config.ipynb #cell-12
@@ -209,7 +213,7 @@ def check_trainable(config: Config) -> None:
     "Raise ValueError if `config` asks for something that the training loop does not have yet."
     lacking = [f'{n} {getattr(config, n)}' for n in ('network', 'optimizer', 'augmentation') if getattr(config, n) is not None]
     if config.schedule == 'exponential': lacking.append('schedule exponential')
-    if DIALECTS[config.dialect].randaugment != 'tf1': lacking.append(f'the RandAugment of dialect {config.dialect}')
+    if DIALECTS[config.dialect].randaugment is None: lacking.append(f'the RandAugment of dialect {config.dialect}')
     if lacking:
         raise ValueError(f'this configuration cannot be trained yet: {", ".join(lacking)}. '
                          'ResNet and ResNet-RS with momentum, stepwise or cosine schedule and RandAugment can')

@@ -1,24 +1,20 @@
-"""Image sets: what a notebook cannot show. Races between processes, preparations cut off, TensorFlow nearby."""
+"""Images in memory: fingerprints that committed records depend on, other sets, order, and bad values."""
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from resnet_rs import images
-from resnet_rs.images import DATASETS, batches, digit_splits, eval_batches, load, prepare_digits, subset
+from resnet_rs.digits import prepare_digits
+from resnet_rs.images import DATASETS, ImageSet, batches, eval_batches, eval_preprocess, load, subset
 
 TRAIN_32 = 'de072e8c2229fdf6'  # fingerprints of the digits: they are part of every record's key, so a change here orphans results
 TEST_32 = '9ea99530807eba79'
+SYNTHETIC_32 = 'e0db88133c6a34a0'
 GOLDEN_FIRST, GOLDEN_BORDER = [89, 43, 90, 24], [115, 127, 76, 98, 3, 94]  # seed 1: epoch 0; border of epochs
 
 
@@ -29,28 +25,9 @@ def folder(tmp_path_factory):
     return root
 
 
-def start(code, *args, **env):
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], text=True, **pipes,
-                            env={**os.environ, 'JAX_PLATFORMS': 'cpu', **env})
-
-
-def leftovers(root): return sorted(p.name for p in Path(root).iterdir())
-
-
-def test_round_trip(folder):
-    from sklearn.datasets import load_digits
-    digits = load_digits()
-    seen = []
-    for split, part in digit_splits(digits.target).items():
-        examples = tfds.data_source('sklearn_digits', split=split, data_dir=folder)
-        examples = examples.__getitems__(range(len(examples)))
-        assert [e['index'] for e in examples] == list(part)
-        assert (np.stack([e['image'][:, :, 0] for e in examples]) == (digits.images[part] * 255 + 8) // 16).all()
-        assert [e['label'] for e in examples] == list(digits.target[part])
-        seen += list(part)
-    assert sorted(seen) == list(range(1797))
-    assert leftovers(folder) == ['.sklearn_digits.lock', 'sklearn_digits']
+def test_names_that_other_rooms_and_users_import_from_here():
+    from resnet_rs import image_sets, preprocess
+    assert (DATASETS, ImageSet, eval_preprocess) == (image_sets.DATASETS, image_sets.ImageSet, preprocess.eval_preprocess)
 
 
 def test_stratified(folder):
@@ -64,121 +41,9 @@ def test_golden_fingerprints(folder):
     assert load('digits', 'train', 32, folder).fingerprint == TRAIN_32
     assert load('digits', 'test', 32, folder).fingerprint == TEST_32
     assert load('digits', 'test', 40, folder).fingerprint != TEST_32
-
-
-def test_two_processes_at_once(tmp_path):
-    "Both find the folder empty, both get the same images; one data set and no rubbish is left."
-    root = tmp_path / 'new' / 'data'
-    code = '''import sys
-from resnet_rs.images import load
-print('ready', flush=True)
-input()
-print(load('digits', 'train', 32, sys.argv[1]).fingerprint)'''
-    both = [start(code, root) for _ in range(2)]
-    assert [process.stdout.readline() for process in both] == ['ready\n'] * 2
-    for process in both:
-        process.stdin.write('go\n')
-        process.stdin.flush()
-    for process in both:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out.strip()) == (0, TRAIN_32), err
-        assert err == ''
-    assert leftovers(root) == ['.sklearn_digits.lock', 'sklearn_digits']
-
-
-def test_race_without_locks(tmp_path, monkeypatch):
-    "On a file system without locks the slower of two finds the other's files in place and uses them."
-    def no_locks(*_): raise OSError('no locks here')
-    monkeypatch.setattr(images.fcntl, 'flock', no_locks)
-    prepare = images.SklearnDigits.download_and_prepare
-    def overtaken(self, **options):
-        monkeypatch.setattr(images.SklearnDigits, 'download_and_prepare', prepare)
-        prepare_digits(tmp_path)
-        prepare(self, **options)
-    monkeypatch.setattr(images.SklearnDigits, 'download_and_prepare', overtaken)
-    assert load('digits', 'train', 32, tmp_path).fingerprint == TRAIN_32
-    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
-
-
-def test_waits_for_the_one_who_prepares(tmp_path):
-    "While somebody else holds the lock, a process waits and then uses what it finds; here it could not prepare by itself."
-    code = '''import sys
-from resnet_rs import images
-images._build_digits = None
-print('ready', flush=True)
-print(images.load('digits', 'train', 32, sys.argv[1]).fingerprint)'''
-    with images._lock(tmp_path / '.sklearn_digits.lock') as held:
-        waiting = start(code, tmp_path)
-        assert held and waiting.stdout.readline() == 'ready\n'
-        time.sleep(0.7)
-        assert waiting.poll() is None, waiting.communicate()
-        images._build_digits(tmp_path, tmp_path / 'sklearn_digits' / '1.0.0')
-    out, err = waiting.communicate(timeout=60)
-    assert out.strip() == TRAIN_32, err
-
-
-def test_killed_preparation(tmp_path):
-    "SIGKILL in the middle of writing: the next call starts afresh, is not held up by the lock, and sweeps the rubbish away."
-    code = '''import sys, time
-from resnet_rs import images
-examples = images.SklearnDigits._generate_examples
-def slow(self, *args):
-    for i, example in enumerate(examples(self, *args)):
-        if i == 50: print('in the middle', file=sys.__stdout__, flush=True); time.sleep(600)
-        yield example
-images.SklearnDigits._generate_examples = slow
-images.prepare_digits(sys.argv[1])'''
-    process = start(code, tmp_path)
-    assert process.stdout.readline() == 'in the middle\n', process.communicate()[1]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert any(name.startswith('.preparing-') for name in leftovers(tmp_path))
-    assert load('digits', 'train', 32, tmp_path).fingerprint == TRAIN_32
-    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
-
-
-@pytest.mark.parametrize('damage', ['no info', 'short file', 'no file'])
-def test_damaged_set_is_replaced(tmp_path, damage):
-    made = prepare_digits(tmp_path)
-    shard = next(made.glob('*-test.array_record*'))
-    if damage == 'no info': (made / 'dataset_info.json').unlink()
-    if damage == 'short file': os.truncate(shard, shard.stat().st_size // 2)
-    if damage == 'no file': shard.unlink()
-    assert load('digits', 'test', 32, tmp_path).fingerprint == TEST_32
-    assert leftovers(tmp_path) == ['.sklearn_digits.lock', 'sklearn_digits']
-
-
-def test_prepared_folder_is_only_read(folder, tmp_path, monkeypatch):
-    "A prepared folder is used as it is: no lock, no writing, so it may be shared and read-only."
-    def forbidden(*_): raise AssertionError('wrote to a prepared folder')
-    monkeypatch.setattr(images, '_lock', forbidden)
-    monkeypatch.setenv('RESNET_RS_DATA', str(folder))
-    assert load('digits', 'train', 32).fingerprint == TRAIN_32
-
-
-def test_never_imports_tensorflow_nor_touches_disk_on_import(tmp_path):
-    "With a TensorFlow on the path that betrays its import, load does not import it; importing the module writes nothing."
-    (tmp_path / 'tensorflow').mkdir()
-    (tmp_path / 'tensorflow' / '__init__.py').write_text("raise SystemExit('tensorflow was imported')")
-    code = '''import os, sys
-import resnet_rs.images as images
-import jax
-assert not jax._src.xla_bridge._backends, 'import started a device'
-assert not os.listdir(sys.argv[1]), 'import wrote to disk'
-images.load('digits', 'train', 32, sys.argv[1])
-print('tensorflow' in sys.modules)'''
-    root = tmp_path / 'data'
-    root.mkdir()
-    process = start(code, root, PYTHONPATH=str(tmp_path), RESNET_RS_DATA=str(root), HOME=str(tmp_path))
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (0, 'False\n', '')
-
-
-def test_unwritable_folder(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match=r'cannot hold the prepared digits \(Not a directory\)') as e:
-        load('digits', 'train', 32, tmp_path / 'file' / 'data')
-    assert '\n' not in str(e.value)
+    assert load('synthetic', 'train', 32).fingerprint == SYNTHETIC_32
+    few = subset(load('digits', 'train', 32, folder), 100, seed=3)
+    assert few.fingerprint == '000b33f43e333285' and few.images.shape == (100, 32, 32, 3)
 
 
 def png(colour):
@@ -222,7 +87,7 @@ def test_other_tfds_set(small_cifar):
 
 
 def test_other_tfds_set_refusals(small_cifar, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"cifar10 is not prepared in data_dir .*download_and_prepare"):
+    with pytest.raises(ValueError, match=r"cifar10 is not prepared in data_dir .*prepare\('cifar10', "):
         load('cifar10', 'test', 32, tmp_path / 'elsewhere')
     monkeypatch.setitem(DATASETS, 'cifar10', replace(DATASETS['cifar10'], splits=dict(train=36, tune=4, test=11)))
     with pytest.raises(ValueError, match=r"cifar10 has 10 images in split 'test', not 11"):
@@ -231,6 +96,22 @@ def test_other_tfds_set_refusals(small_cifar, tmp_path, monkeypatch):
     info.write_text(json.dumps({**json.loads(info.read_text()), 'fileFormat': 'tfrecord'}))
     with pytest.raises(ValueError, match='stored as tfrecord'):
         load('cifar10', 'test', 32, small_cifar)
+
+
+def test_damaged_record_is_named(small_cifar):
+    shard = next(small_cifar.glob('cifar10/*/*train*'))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(ValueError, match='cifar10/train record 0 cannot be read'): load('cifar10', 'train', 32, small_cifar)
+
+
+def test_a_set_that_is_not_in_the_table(tmp_path):
+    "Pictures of one size, known to nobody but its files."
+    class Plain(Cifar10): name = 'plain'
+    tfds.disable_progress_bar()
+    Plain(data_dir=tmp_path).download_and_prepare(file_format='array_record')
+    parts = {split: load('plain', split, 32, tmp_path) for split in ('train', 'tune', 'test')}
+    assert {split: len(part) for split, part in parts.items()} == dict(train=36, tune=4, test=10)
+    assert parts['train'].info.classes == 10 and parts['train'].info.mean == DATASETS['imagenet2012'].mean
 
 
 def test_subset_is_balanced_nested_and_by_seed(folder):
@@ -295,6 +176,7 @@ def test_eval_covers_each_image_once():
     (lambda d: load('digits', 'train', True), 'image_size = True'),
     (lambda d: load('digits', 'trian', 32), "did you mean 'train'"),
     (lambda d: load('cifar', 'train', 32), "did you mean 'cifar10'"),
+    (lambda d: load('imagenet2012', 'train', 224), 'imagenet2012 is not for memory: its pictures differ in size'),
     (lambda d: batches(d, 0, 5, 0), 'batch_size = 0'),
     (lambda d: batches(d, 4, 5, 0, start=6), 'start = 6 .* from 0 to 5'),
     (lambda d: batches(d, 4, -1, 0), 'steps = -1'),

@@ -85,7 +85,7 @@ def test_metadata_say_what_settings_say(about):
     assert about['Requires-Python'] == '>=' + CFG['min_python'] == '>=' + PYTHONS[0]
     assert about['License-Expression'] == 'Apache-2.0' and about['Summary'] == CFG['description']
     assert {c.rpartition(' ')[2] for c in about.get_all('Classifier') if 'Python ::' in c} == {'3', *PYTHONS}
-    assert sorted(about.get_all('Provides-Extra')) == EXTRAS == ['bucket', 'cuda', 'dev', 'prepare', 'tpu']
+    assert sorted(about.get_all('Provides-Extra')) == EXTRAS == ['bucket', 'cuda', 'dev', 'prepare', 'tpu', 'video']
     asked = {}
     for text in about.get_all('Requires-Dist'):
         needed = Requirement(text)
@@ -145,9 +145,9 @@ def test_every_extra_resolves_on_every_python(extra):
     assert done.returncode == 0, done.stderr[-3000:]
     found = {canonicalize_name(Requirement(line).name) for line in done.stdout.splitlines() if line.strip()}
     hallmark = {'bucket': {'gcsfs', 's3fs'}, 'cuda': {'jax-cuda12-plugin'}, 'dev': {'nbdev'}, 'prepare': {'tensorflow'},
-                'tpu': {'libtpu'}}
-    # dev holds what bucket does: the tests write to stand-in buckets
-    expected = {extra, 'bucket'} if extra == 'dev' else {extra}
+                'tpu': {'libtpu'}, 'video': {'av'}}
+    # dev holds what bucket and video do: the tests write to stand-in buckets, and videos
+    expected = {extra, 'bucket', 'video'} if extra == 'dev' else {extra}
     assert {name for name, marks in hallmark.items() if marks <= found} == expected
 
 

@@ -8,7 +8,7 @@ Environment: Python 3.7 with
     pip install tensorflow==1.15.5 numpy==1.18.5 protobuf==3.19.6
 
 (newer numpy refuses the Solarize threshold that the authors' code lets wrap modulo 256). Then, with a checkout of
-tensorflow/tpu in TREE, one command writes randaugment_tf1.npz beside this file (some ten minutes on two cores):
+tensorflow/tpu in TREE, one command writes randaugment_tf1.npz beside this file (a quarter of an hour on two cores):
 
     python tests/goldens/make_randaugment_tf1.py TREE
 
@@ -17,8 +17,9 @@ bytes of each row). CRCs check the operations that are exact; AutoContrast and S
 their outputs are also kept as values, `sample_IMAGE`: every `stride`-th value of each row in `spec["sampled"]`.
 `full_IMAGE` holds whole outputs of the rows in `spec["full"]`, for two images, so that a failure can be looked at.
 The inputs are drawn from the integer recipe in `draw` and are not stored, only their CRCs.
+
+make_randaugment_garden.py makes the same file from the authors' second code: images, rows and layout are defined here.
 """
-import json
 import os
 import sys
 import zlib
@@ -40,8 +41,10 @@ CENTRES = ([0.5, 0.4], [0.1, 0.9], [0.0, 0.99])                      # fractions
 SMALL = {"noise_32x28": "noise", "waves_32x28": "waves", "noise_24x40": "noise", "waves_24x40": "waves",
          "noise_32x32": "noise", "waves_32x32": "waves", "levels_32x28": "levels", "flat_16x20": "flat",
          "nearly_flat_20x20": "nearly_flat", "narrow_24x24": "narrow", "noise_7x5": "noise"}
-LARGE = {"noise_96x84": "noise", "noise_160x160": "noise", "waves_160x160": "waves", "noise_224x224": "noise",
-         "waves_224x192": "waves", "noise_256x256": "noise", "noise_320x280": "noise", "waves_280x320": "waves"}
+LARGE = {"waves_64x48": "waves", "noise_96x84": "noise", "noise_128x128": "noise", "waves_128x128": "waves",
+         "noise_160x160": "noise", "waves_160x160": "waves", "waves_192x192": "waves", "noise_224x224": "noise",
+         "waves_224x192": "waves", "noise_256x256": "noise", "noise_320x280": "noise", "waves_280x320": "waves",
+         "noise_320x320": "noise", "waves_320x320": "waves"}
 
 
 def draw(name):
@@ -82,14 +85,28 @@ def centre(row, image):
     return tuple(int(f * n) for f, n in zip(row["centre"], image.shape)) if "centre" in row else None   # noqa: B905
 
 
-def spec():
+def spec(source):
     table = rows()
-    stride = {name: 1 if name in SMALL else 1009 for name in {**SMALL, **LARGE}}
-    return dict(source="tensorflow/tpu " + COMMIT + " models/official/efficientnet/autoaugment.py",
-                rows=table, stride=stride, full_images=["noise_32x28", "waves_32x28"],
+    return dict(source=source, rows=table, stride={**dict.fromkeys(SMALL, 1), **dict.fromkeys(LARGE, 1009)},
+                full_images=["noise_32x28", "waves_32x28"],
                 full=[i for i, r in enumerate(table) if r["m"] in (5, 15) and r.get("centre") != CENTRES[2]],
                 sampled=[i for i, r in enumerate(table) if r["op"] == "AutoContrast"
                          or r["op"] == "Sharpness" and r["m"] in (1, 6, 10, 15, 20)])
+
+
+def write(name, run, about):
+    """The golden file `name` of `run`, a function (rows, image) -> outputs uint8[rows,H,W,3], described by `about`."""
+    arrays = {}
+    for image_name in {**SMALL, **LARGE}:
+        image = draw(image_name)
+        out = run(about["rows"], image)
+        arrays["crc_" + image_name] = np.array([zlib.crc32(o.tobytes()) for o in out], np.uint32)
+        arrays["sample_" + image_name] = np.stack([out[i].ravel()[::about["stride"][image_name]] for i in about["sampled"]])
+        if image_name in about["full_images"]:
+            arrays["full_" + image_name] = out[about["full"]]
+        print(image_name, len(out), "rows", flush=True)
+    about["inputs"] = {name: zlib.crc32(draw(name).tobytes()) for name in {**SMALL, **LARGE}}
+    recipe.save(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), about, arrays)
 
 
 def load_authors(tree):
@@ -119,23 +136,8 @@ def load_authors(tree):
     return run
 
 
-def main(tree):
-    run, about, arrays = load_authors(tree), spec(), {}
-    for name in {**SMALL, **LARGE}:
-        image = draw(name)
-        out = run(about["rows"], image)
-        arrays["crc_" + name] = np.array([zlib.crc32(o.tobytes()) for o in out], np.uint32)
-        arrays["sample_" + name] = np.stack([out[i].ravel()[::about["stride"][name]] for i in about["sampled"]])
-        if name in about["full_images"]:
-            arrays["full_" + name] = out[about["full"]]
-        print(name, len(out), "rows", flush=True)
-    about["inputs"] = {name: zlib.crc32(draw(name).tobytes()) for name in {**SMALL, **LARGE}}
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "randaugment_tf1.npz")
-    np.savez_compressed(path, spec=json.dumps(about), **arrays)
-    print(path, os.path.getsize(path), "bytes")
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(sys.argv[1])
+    write("randaugment_tf1.npz", load_authors(sys.argv[1]),
+          spec("tensorflow/tpu " + COMMIT + " models/official/efficientnet/autoaugment.py"))
