@@ -21,12 +21,11 @@ from flax import nnx
 
 from .checkpoint import Checkpoints, Stopped, digest, stop_requests
 from .config import Config, Effective, check_choice, effective
-from .images import DATASETS, batches
 from .provenance import content_key, provenance
 from .records import FINISHED, Records
 from .registry import from_config
-from .runs import (CURVE_POINTS, Data, augmentation, evaluator, hyper_of, initial_model, initial_weights, keep_weights,
-                            seeded_data, train_run)
+from .runs import (CURVE_POINTS, Data, Streamed, augmentation, evaluator, hyper_of, initial_model, initial_weights,
+                            keep_weights, seeded_data, train_run, training_batches)
 from .storage import claim
 from .training import Diverged, compiled_augment, compiled_step, cross_entropy, initial_state, split
 
@@ -43,6 +42,7 @@ class Run:
     effective: Effective
     data: str  # fingerprint
     key: str
+    examples: int  # number of pictures it is judged on
 
 
 def _planned(row, seed, config, scale, data, initial):
@@ -50,7 +50,7 @@ def _planned(row, seed, config, scale, data, initial):
     values = effective(config, scale, len(data.train))
     key = content_key(config=asdict(config), effective=asdict(values), data=data.fingerprint(), seed=seed,
                       result_version=RESULT_VERSION, initial=initial and digest(initial))
-    return Run(row, seed, config, values, data.fingerprint(), key)
+    return Run(row, seed, config, values, data.fingerprint(), key, len(data.held_out))
 
 # %% ../nbs/51_experiment.ipynb #cell-07
 class Experiment:
@@ -70,7 +70,8 @@ class Experiment:
         self.keep_weights, self.checkpoint_seconds, self.store = keep_weights, checkpoint_seconds, Records(results_dir)
         self.runs = [_planned(row, seed, config, scale, self.data(config, seed), self.initial)
                      for seed in self.seeds for row, config in self.rows.items()]
-        for config in self.rows.values() if initial else (): initial_model(config, 0, self.initial)  # do they fit?
+        for config in self.rows.values() if initial else ():  # do they fit?
+            initial_model(config, 0, self.initial, classes=self.data(config, self.seeds[0]).train.info.classes)
         self.pace: dict[str, float] = {}  # seconds a step, by row, once measured
 
     def data(self, config: Config, seed: int) -> Data: return seeded_data(config, seed, self.data_dir)
@@ -87,7 +88,6 @@ class Experiment:
         return None if lacking else record
 
     def pending(self) -> list[Run]: return [run for run in self.runs if not self.finished(run)]
-
     def records(self) -> list[dict]:
         "The records of this grid, failed ones included, under this experiment's own name and rows."
         found = ((run, self.store.get(run.key)) for run in self.runs)
@@ -133,16 +133,17 @@ def measure(experiment: Experiment, steps: int = 3) -> float:
 def _seconds_a_step(experiment: Experiment, run: Run, steps: int) -> float:
     "Compile training and evaluation of a run's network and make some steps."
     config, data = run.config, experiment.data(run.config, run.seed)
-    network, params, stats = split(from_config(config, DATASETS[config.dataset].classes, nnx.Rngs(0)))
-    augment = compiled_augment(augmentation(config.dataset, run.effective.randaug_layers, config.dialect))
+    network, params, stats = split(from_config(config, data.train.info.classes, nnx.Rngs(0)))
+    augment = compiled_augment(augmentation(data.train.info, run.effective.randaug_layers, config.dialect))
     step = compiled_step(network, cross_entropy, config.dialect)
     state, hyper, key = initial_state(params, stats), hyper_of(run.effective).traced(), jax.random.key(0)
-    for i, (images, labels) in enumerate(batches(data.train, config.batch_size, 1 + steps, 0)):
-        if i == 1: begin = time.perf_counter()
+    first = 3 if isinstance(data.train, Streamed) else 1  # to compile, and to use up what a stream made meanwhile
+    for i, (images, labels) in enumerate(training_batches(data.train, config.batch_size, first + steps, 0)):
+        if i == first: begin = time.perf_counter()
         state, loss = step(state, augment(images, hyper, key, np.int32(i)), labels, hyper, key)
         loss.block_until_ready()
     seconds = (time.perf_counter() - begin) / steps
-    evaluator(config, False, data)(network, state)
+    evaluator(config, False, data, most=1)(network, state)
     return seconds
 
 # %% ../nbs/51_experiment.ipynb #cell-13
@@ -155,7 +156,7 @@ def _architecture(config: Config) -> tuple:
 
 def _cost(experiment: Experiment, run: Run) -> float:
     "Seconds that a run should take; an evaluated image costs about a third of a trained one."
-    examples = DATASETS[run.config.dataset].splits['test'] * (CURVE_POINTS + 1)
+    examples = run.examples * (CURVE_POINTS + 1)
     return (run.effective.steps + examples / 3 / run.config.batch_size) * experiment.pace.get(run.row, 0.0)
 
 
@@ -199,6 +200,10 @@ class Progress:
         what = f"top-1 {record['metrics']['top1']:.1f}%" if done else f"{record['status']}: {record['error']}"
         place = f'{self.count - len(self.costs):4}/{self.count}'
         print(f"{place} {record['row']}, seed {record['seed']}: {what}, {self.left()}", flush=True)
+        for part, bad in record.get('bad_records', {}).items():
+            shown = '; '.join(f'{key}: {reason}' for key, reason in list(bad['first'].items())[:3])
+            more = ' ...' * (bad['count'] > 3)
+            print(f"         {part}: {bad['count']} bad of {bad['seen']} records: {shown}{more}", flush=True)
 
 # %% ../nbs/51_experiment.ipynb #cell-18
 def _outcome(experiment, cell, data, reporter, stop, origin):
@@ -227,7 +232,7 @@ def _outcome(experiment, cell, data, reporter, stop, origin):
 
 def _record(experiment: Experiment, cell: Run, data: Data, outcome: Mapping[str, Any], origin: Mapping[str, Any]) -> dict:
     "Everything a reader of this run will want to know."
-    devices, info = jax.devices(), DATASETS[cell.config.dataset]
+    devices, info = jax.devices(), data.train.info
     now = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S+00:00', time.gmtime()))
     return dict(
         key=cell.key, experiment=experiment.name, row=cell.row, seed=cell.seed, scale=experiment.scale,

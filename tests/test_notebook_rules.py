@@ -61,14 +61,15 @@ PLOTS = {'IPython', 'matplotlib', 'numpy', 'pandas', 'seaborn'}     # what an ex
 EXAMPLES = PLOTS | {'sklearn'}                                       # a room may show its examples on real data
 FLOORS = {0: set(),
           1: {'jax', 'flax', 'scipy', 'numpy', 'safetensors', 'huggingface_hub'},
-          2: {'jax', 'numpy', 'scipy', 'grain', 'tensorflow_datasets', 'PIL', 'simplejpeg', 'sklearn', 'array_record', 'absl', 'etils'},
+          2: {'jax', 'numpy', 'scipy', 'grain', 'tensorflow_datasets', 'PIL', 'simplejpeg', 'sklearn', 'array_record', 'absl',
+              'etils'},
           3: {'jax', 'optax', 'orbax', 'numpy', 'flax', 'etils'},
           4: {'jax', 'flax', 'optax', 'numpy', 'scipy', 'sklearn'},
           5: {'jax', 'flax', 'optax', 'numpy', 'joblib', 'pandas', 'tqdm'}}
 PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, imported when papermill asks for the engine
             'hub': {'huggingface_hub'},                     # imported when weights are asked for
             'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
-            'videos': {'jax', 'numpy', 'tensorflow_datasets', 'array_record', 'etils', 'av'},  # av when a video is opened
+            'videos': {'numpy', 'tensorflow_datasets', 'array_record', 'PIL', 'av'},    # av when a video is opened
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'}}
 NO_JAX = ('evidence', 'records', 'report')      # evidence is read where there is no accelerator, and quickly
 

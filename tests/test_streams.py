@@ -56,7 +56,7 @@ def same(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for u, v in zip(a, b) for x, y in zip(u, v, strict=True))
 
 
-def script(code, timeout=60, **popen):
+def script(code, **popen):
     "Run `code`, with the helpers of this file, in a process of its own."
     code = f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom test_streams import *\n{code}'
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
