@@ -28,7 +28,7 @@ METRICS = ('top1', 'top5', 'top1_raw', 'top5_raw', 'top1_ema', 'top5_ema',
 CURVE = ('step', 'train_loss', 'eval_step', 'top1')
 _INSIDE = {'metrics': METRICS, 'curve': CURVE, 'device': ('kind', 'count'), 'git': ('commit', 'dirty'),
            'data': ('name', 'source', 'fingerprint', 'train_examples', 'eval_examples')}
-_OPTIONAL = {'initial': str, 'resumed': int, 'divergence': dict}
+_OPTIONAL = {'initial': str, 'resumed': int, 'divergence': dict, 'bad_records': dict}
 _DIVERGENCE = ('step', 'learning_rate', 'checkpoint')
 _ONLY_DONE = ('weights_sha256', 'steps', 'seconds', 'images_per_second')   # may be None in a run that was cut short
 

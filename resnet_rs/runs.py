@@ -80,7 +80,6 @@ def _predictor(network, info):
 # %% ../nbs/48_runs.ipynb #cell-09
 EVAL_BATCH = 256
 CURVE_POINTS = 4  # evaluations during a run, the last one included
-_PROTOCOLS = {'paper': 'tf1', 'tf1': 'tf1', 'garden': 'garden', 'timm': 'timm'}  # dialect -> how it crops and resizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +122,7 @@ def seeded_data(config: Config, seed: int, data_dir=None, held_out: str = 'test'
         return Data(subset(train, config.train_examples, seed), _loaded(config.dataset, held_out, config.image_size, data_dir))
     train, test = (_opened(config.dataset, split, data_dir) for split in ('train', held_out))
     if 0 < config.train_examples < len(train): train = _subset(train, config.train_examples, seed)
-    return Data(*(Streamed(source, config.image_size, _PROTOCOLS[config.dialect]) for source in (train, test)))
+    return Data(*(Streamed(source, config.image_size, DIALECTS[config.dialect].protocol) for source in (train, test)))
 
 
 _loaded, _opened, _labels = lru_cache(load), lru_cache(open_source), lru_cache(lambda source: source.labels())

@@ -117,15 +117,16 @@ def test_the_parameter_does_something(first, tmp_path):
 
 
 @pytest.mark.parametrize('args, says', [
-    ('-p scale smok -p weight_decay -1.0 -p seeds 0 -p rows baseline,cosin -p dataset digit -p depth fifty -p epochs zero '
+    ('-p scale smok -p weight_decay -1.0 -p seeds 0 -p rows baseline,cosin -p depth fifty -p epochs zero '
      '-p wieght_decay 4e-5',
      ["unknown parameter 'wieght_decay'; did you mean 'weight_decay'?", "scale = 'smok' is not one of smoke, laptop, gpu, paper",
       'weight_decay = -1.0 is out of range: 0 <= weight_decay <= 1', 'seeds = 0 is out of range', "rows = 'cosin' is not one of",
-      "did you mean 'cosine'?", "dataset = 'digit' is not one of", "depth = 'fifty'", "epochs = 'zero' is not a number"]),
+      "did you mean 'cosine'?", "depth = 'fifty'", "epochs = 'zero' is not a number"]),
     ('-p scale smoke -p results_dir setup.py/results',
      ['ParameterError: results folder setup.py/results cannot be written to', 'setup.py is a file']),
-    ('-p scale paper', ["ParameterError: unknown in-memory data set 'imagenet2012'"]),
-], ids=['parameters', 'folder', 'data'])
+    ('-p scale smoke -p dataset digit', ["ParameterError: unknown image set 'digit'", "did you mean 'digits'?"]),
+    ('-p scale paper', ['ParameterError: imagenet2012 is not prepared in data_dir', 'python -c']),
+], ids=['parameters', 'folder', 'set', 'data'])
 def test_wrong_input_stops_before_training(args, says, tmp_path):
     done = papermill(tmp_path / 'out.ipynb', *args.split())
     assert done.returncode != 0
