@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -188,17 +189,27 @@ def image_set(name: str, data_dir: str | os.PathLike | None = None) -> ImageSet:
     ValueError: no such set, or not one picture and one class an example. TFDS asks its own server about a set not prepared."""
     if name in DATASETS: return DATASETS[name]
     if name.startswith('folder:'): return read_folder(name.removeprefix('folder:')).info
-    folder = prepared_folder(name, data_dir)
-    if folder: return _described(name, tfds.builder_from_directory(folder).info)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()): builder = tfds.builder(name)
-        return replace(_described(name, builder.info), manual_from=' '.join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or '').split()))
-    except ImportError: raise ValueError(f'{name}: TFDS needs TensorFlow even to describe it') from None
-    except tfds.core.DatasetNotFoundError: pass
+    if re.fullmatch(r'\w+(/[\w.+-]+)?', name):
+        if folder := prepared_folder(name, data_dir): return _described(name, tfds.builder_from_directory(folder).info)
+        with contextlib.suppress(tfds.core.DatasetNotFoundError): return _unprepared(name, data_dir)
     try: check_choice('image set', name, [*DATASETS, 'folder:PATH', 'or a name that TFDS knows'])
     except ValueError as error: raise ValueError(f'{error} or has prepared in {data_folder(data_dir)}') from None
 
 # %% ../nbs/23_datasets.ipynb #cell-18
+def _unprepared(name: str, data_dir: str | os.PathLike | None) -> ImageSet:
+    "What TFDS itself knows; of 'eurosat', which it prepares as eurosat/rgb, in a folder of that name."
+    try:
+        with contextlib.redirect_stdout(io.StringIO()): builder = tfds.builder(name)
+        info = builder.info
+    except tfds.core.DatasetNotFoundError: raise  # a ValueError, too
+    except ImportError: raise ValueError(f'{name}: TFDS needs TensorFlow even to describe it') from None
+    except (ValueError, AssertionError) as error: raise ValueError(f'{name}: {" ".join(str(error).split())[:200]}') from None
+    full = info.full_name.rpartition('/')[0]
+    if full != name and (folder := prepared_folder(full, data_dir)): info = tfds.builder_from_directory(folder).info
+    by_hand = ' '.join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or '').split())
+    return replace(_described(name, info), tfds=full, manual_from=by_hand)
+
+
 def _described(name: str, info: tfds.core.DatasetInfo) -> ImageSet:
     "An ImageSet from what TFDS knows."
     pictures, labels = ([key for key, feature in info.features.items() if isinstance(feature, kind)]

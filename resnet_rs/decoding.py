@@ -63,6 +63,7 @@ def jpeg_header(data: bytes) -> JpegHeader:
             if count not in (1, 3, 4) or len(body) < 6 + 3 * count: raise BadImage(f'damaged JPEG: {count} components')
             sampling = tuple((b >> 4, b & 15) for b in body[7:6 + 3 * count:3])
             height, width = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
+            if not all(f in range(1, 5) for pair in sampling for f in pair): raise BadImage(f'damaged JPEG: sampling {sampling}')
             check_size(height, width)
             return JpegHeader(height, width, sampling, tuple(segments))
         if marker in (0xD9, 0xDA): raise BadImage('damaged JPEG: its header states no size')
@@ -102,6 +103,8 @@ def _decode_other(data, shrink):
             warnings.simplefilter('ignore')   # of sizes between our limit and its own
             picture = Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM'))
             check_size(picture.height, picture.width)
+            if picture.mode == 'F' or (picture.mode == 'I' and picture.format == 'TIFF'):   # else they may turn black
+                raise BadImage(f'{picture.format} of 32-bit numbers: it does not say which of them is white')
             if picture.mode.startswith('I'): picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             picture = picture.convert('RGB')
             return np.asarray(picture.reduce(shrink) if shrink > 1 else picture)

@@ -41,8 +41,8 @@ class ImageSet:
 
     @property
     def streamed(self) -> bool:
-        "True if the pictures differ in size and number, so that they are decoded and cropped one by one as they are needed."
-        return self.native_size == 0
+        "True if the pictures differ in size, or are more than a gigabyte: decoded and cropped one by one as they are needed."
+        return self.native_size == 0 or 3 * self.native_size ** 2 * sum(self.splits.values()) > 1e9
 
 # %% ../nbs/09_image_sets.ipynb #cell-07
 _IMAGENET = dict(native_size=0, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # authors' constants / 255
@@ -75,7 +75,7 @@ _SMALL = (
 _LARGE = (
     ImageSet('imagenet2012', 1000, **_IMAGENET, splits=dict(train=1_255_544, tune=25_623, test=50_000),
              source="ILSVRC 2012 (Russakovsky et al., 2015) through TFDS; 'test' is the official validation set; 'tune' is "
-                    "the last 2% of TFDS's training split: as many pictures as the paper's minival, not the same ones",
+                    "the last 2% of TFDS's training split, about as many pictures as the paper's minival, not the same",
              licence=_RESEARCH, tfds='imagenet2012', tfds_splits=dict(train='train[:98%]', tune='train[98%:]', test='validation'),
              download=147_897_477_120 + 6_744_924_160, prepared=155_000_000_000, manual_from='https://image-net.org/download-images',
              manual=('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')),
@@ -115,7 +115,8 @@ def _visible(folder: Path) -> list[Path]: return sorted(p for p in folder.iterdi
 def _pictures(folder: Path, root: Path) -> list[str]:
     "Paths, relative to `root`, of the pictures anywhere below `folder`, sorted."
     def fail(error): raise error
-    found = (Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names if name[0] != '.')
+    found = (p for place, _, names in os.walk(folder, onerror=fail) for p in (Path(place, name) for name in names)
+             if not any(part[0] == '.' for part in p.relative_to(folder).parts))
     return sorted(p.relative_to(root).as_posix() for p in found if p.suffix.lower() in _PICTURES)
 
 
@@ -142,8 +143,9 @@ def _deal(classes: dict[str, list[str]], splits: tuple[str, ...]) -> dict[str, d
 # %% ../nbs/09_image_sets.ipynb #cell-16
 def read_folder(path: str | os.PathLike) -> PictureFolder:
     "Describe a folder of pictures; only names are read. ValueError: not there, not readable, no pictures, not two classes."
+    if not os.fspath(path): raise ValueError('folder: should be followed by the path of a folder')
     if is_bucket(path): raise ValueError(f'a folder of pictures must be on a disk or mounted, and {path} is a bucket')
-    root = Path(path).expanduser()
+    root = Path(path).expanduser().absolute()
     try:
         if not root.is_dir(): raise ValueError(f'there is no folder {str(root)!r}')
         splits = _splits(root)

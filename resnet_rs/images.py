@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .config import check_choice
-from .datasets import image_set, open_source
+from .datasets import Example, image_set, open_source
 from .digits import rank_in_class
 from .image_sets import DATASETS, ImageSet
 from .preprocess import eval_preprocess
@@ -40,7 +40,8 @@ class Arrays:
 def _make_arrays(images: np.ndarray, labels: np.ndarray, split: str, info: ImageSet) -> Arrays:
     "Freeze the two arrays and take their fingerprint."
     labels = np.asarray(labels, np.int32)
-    digest = hashlib.sha256(f'{images.shape[1]}:'.encode() + labels.astype('<i4').tobytes() + images.tobytes())
+    digest = hashlib.sha256(f'{images.shape[1]}:'.encode() + labels.astype('<i4').tobytes())
+    digest.update(np.ascontiguousarray(images))  # not as bytes, which would be a copy
     images.flags.writeable = labels.flags.writeable = False
     return Arrays(images, labels, info.name, split, digest.hexdigest()[:16], info)
 
@@ -64,15 +65,23 @@ def load(
     info = image_set(name, data_dir)
     if info.streamed:
         small = ', '.join(s.name for s in DATASETS.values() if not s.streamed)
-        raise ValueError(f'{name} is not for memory: its pictures differ in size (resnet_rs.streams decodes them one by one); '
-                         f'sets for memory are {small}')
+        raise ValueError(f'{name} is not for memory: its pictures differ in size or are too many (resnet_rs.streams decodes them '
+                         f'one by one); sets for memory are {small}')
     check_choice(f'split of {name}', split, info.splits)
     size = _whole_number('image_size', image_size, 8, 1024)
     source = open_source(name, split, data_dir)
     if len(source) != info.splits[split]:
         raise ValueError(f'{name} has {len(source)} images in split {split!r}, not {info.splits[split]}: prepare it again')
-    pictures, labels, _ = zip(*(source[i] for i in range(len(source))), strict=True)
-    return _make_arrays(np.stack([_resized(picture, size) for picture in pictures]), labels, split, info)
+    images, labels = np.empty((len(source), size, size, 3), np.uint8), np.empty(len(source), np.int32)
+    for i in range(len(source)): images[i], labels[i] = _picture(source[i], size, info.classes)
+    return _make_arrays(images, labels, split, info)
+
+
+def _picture(example: Example, size: int, classes: int) -> tuple[np.ndarray, int]:
+    "Pixels and label of a record; ValueError, which names it, if it has none."
+    if not 0 <= example.label < classes: raise ValueError(f'{example.key}: label {example.label} is not in 0 to {classes - 1}')
+    try: return _resized(example.image, size), example.label
+    except Exception as error: raise ValueError(f'{example.key}: no picture: {error}') from None
 
 
 def _resized(picture: bytes | np.ndarray, size: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from .images import Arrays, batches, eval_batches, load, normalise, random_flip,
 from .optim import SCHEDULES
 from .randaugment import rand_augment
 from .registry import from_config
-from .streams import BadRecords, Stream, eval_stream, train_stream
+from .streams import BadRecords, Stream, _cores, eval_stream, train_stream
 from .training import Fitted, Hyper, Network, State, fit, save_checkpoint, split
 
 # %% ../nbs/48_runs.ipynb #cell-05
@@ -131,7 +131,9 @@ _loaded, _opened, _labels = lru_cache(load), lru_cache(open_source), lru_cache(l
 @lru_cache
 def _subset(source, n, seed):
     "As `resnet_rs.images.subset` draws it."
-    labels, order = _labels(source), np.random.default_rng((seed, 0, 1)).permutation(len(source))
+    try: labels = _labels(source)
+    except ValueError: labels = np.zeros(len(source), int)  # some records have none: drawn without a look at the classes
+    order = np.random.default_rng((seed, 0, 1)).permutation(len(source))
     return Subset(source, np.sort(order[np.argsort(rank_in_class(labels[order]), kind='stable')][:n]))
 
 # %% ../nbs/48_runs.ipynb #cell-11
@@ -159,8 +161,9 @@ def first_pictures(part: Arrays | Streamed, n: int) -> tuple[np.ndarray, np.ndar
 
 def _workers() -> int:
     "Worker processes for a stream: $RESNET_RS_WORKERS, or one for every eight cores where threads do not suffice."
-    cores = os.cpu_count() or 1
-    return int(os.environ.get('RESNET_RS_WORKERS') or (cores // 8 if cores >= 32 else 0))
+    cores, given = _cores(), os.environ.get('RESNET_RS_WORKERS', '').strip()
+    if given and not given.isdecimal(): raise ValueError(f'RESNET_RS_WORKERS = {given!r} should be a whole number from 0')
+    return int(given) if given else cores // 8 if cores >= 32 else 0
 
 
 def evaluator(config: Config, averaged: bool, data: Data, most: int | None = None) -> Callable[[Network, State], dict]:

@@ -124,7 +124,8 @@ def _picture(job, index, random):
     "(image, label) of a record, or its Fault."
     try: image, label, key = job.source[index]
     except Exception as error:  # whatever is wrong with the file, there is no picture
-        return Fault(f'{job.source.split}[{index}]', f'cannot be read: {str(error) or repr(error)}')
+        said = str(error) or repr(error)
+        return Fault(f'{job.source.split}[{index}]', said if 'cannot be read' in said else f'cannot be read: {said}')
     classes = job.source.info.classes
     if not 0 <= label < classes: return Fault(key, f'label {label} is not in 0 to {classes - 1}')
     try:
@@ -188,9 +189,14 @@ def _judge(bad, job, on_bad, mask, faults, read):
         raise BadData(f'{min(job.tries, len(job.source))} records in a row are bad, among them {bad}')
 
 # %% ../nbs/24_streams.ipynb #cell-16
+def _cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def _pipeline(job: _Job, start: int, stop: int, workers: int) -> grain.IterDataset:
     "Grain's dataset of the batches `start` .. `stop` - 1, about two of them made ahead."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = _cores()
     threads = max(1, min(16, cores // max(workers, 1)))
     ahead = max(threads, -(-2 * job.chunks // max(workers, 1)))
     chunks = grain.MapDataset.range(start * job.chunks, stop * job.chunks).map(partial(_chunk, job))

@@ -271,6 +271,22 @@ def test_any_prepared_tfds_set(tmp_path, splits, ours):
     assert sources['test'][0].key == 'plain/test record 0'
 
 
+def test_a_set_of_several_configurations_by_its_plain_name(tmp_path):
+    "TFDS prepares 'eurosat' in eurosat/rgb/2.0.0."
+    (made(tmp_path, name='eurosat') / 'eurosat' / '1.0.0').rename(tmp_path / '2.0.0')
+    (tmp_path / 'eurosat' / 'rgb').mkdir()
+    (tmp_path / '2.0.0').rename(tmp_path / 'eurosat' / 'rgb' / '2.0.0')
+    for name in ('eurosat', 'eurosat/rgb'):
+        assert len(open_source(name, 'test', tmp_path)) == 5
+        assert preflight(name, tmp_path).folder == tmp_path / 'eurosat' / 'rgb' / '2.0.0'
+
+
+@pytest.mark.parametrize('name', ['', 'cifar10/', '../x', 'caltech101:3.0.1', 'folder:'])
+def test_names_that_are_none(name, tmp_path):
+    with pytest.raises(ValueError) as caught: image_set(name, tmp_path)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_features_that_will_not_do(tmp_path):
     for name in ('two_labels', 'no_picture'): made(tmp_path, name=name, shape=name)
     with pytest.raises(ValueError, match=r'has the features .*label \(ClassLabel\), species \(ClassLabel\)'):
@@ -386,6 +402,8 @@ def test_folder_odds_and_ends(tmp_path):
     (root / 'b' / 'notes.txt').write_text('no picture')
     (root / 'b' / '.hidden.jpg').write_text('no picture')
     (root / '.git').mkdir()
+    (root / 'b' / '.ipynb_checkpoints').mkdir()
+    (root / 'b' / '.ipynb_checkpoints' / 'copy.jpg').write_bytes(b'x')
     (root / 'b' / 'Ünï çödé.JPEG').write_bytes(b'x')
     source = FolderSource(root, 'train')
     assert source.info.classes == 2 and sum(source.info.splits.values()) == 19

@@ -9,6 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from resnet_rs import images
+from resnet_rs.datasets import Example
 from resnet_rs.digits import prepare_digits
 from resnet_rs.images import DATASETS, ImageSet, batches, eval_batches, eval_preprocess, load, subset
 
@@ -84,6 +86,22 @@ def test_other_tfds_set(small_cifar):
     assert sorted(colours[:, 0]) == list(range(40)), 'train and tune are disjoint and complete'
     assert load('cifar10', 'test', 16, small_cifar).images.shape == (10, 16, 16, 3)
     assert parts[0].info.flip and not DATASETS['digits'].flip
+
+
+@pytest.mark.parametrize('picture, label, says', [(png((1, 2, 3))[:40], 0, 'set/train record 7: no picture'),
+                                                  (png((1, 2, 3)), -1, 'set/train record 7: label -1 is not in 0 to 9'),
+                                                  (png((1, 2, 3)), 10, 'set/train record 7: label 10 is not in 0 to 9')])
+def test_a_bad_record_is_named_before_any_training(picture, label, says, monkeypatch):
+    source = [Example(png((1, 2, 3)), 0, 'a good one')] * 255 + [Example(picture, label, 'set/train record 7')]
+    monkeypatch.setattr(images, 'open_source', lambda *_: source)
+    with pytest.raises(ValueError, match=says): load('synthetic', 'train', 16)
+
+
+def test_a_large_set_is_not_for_memory(monkeypatch):
+    monkeypatch.setitem(DATASETS, 'cifar10', replace(DATASETS['cifar10'], splits=dict(train=400_000, tune=4, test=10)))
+    assert DATASETS['cifar10'].streamed and not DATASETS['cifar100'].streamed
+    with pytest.raises(ValueError, match='cifar10 is not for memory: its pictures differ in size or are too many'):
+        load('cifar10', 'train', 32)
 
 
 def test_other_tfds_set_refusals(small_cifar, tmp_path, monkeypatch):

@@ -272,6 +272,13 @@ def patched_size(height, width):
     return bytes(data)
 
 
+def patched_sampling(value):
+    """PHOTO with another sampling factor of its first component in its header."""
+    data, (_, begin, _) = bytearray(PHOTO), jpeg_header(PHOTO).segments[-1]
+    data[begin + 11] = value
+    return bytes(data)
+
+
 CHUNK = b'IHDR' + (60_000).to_bytes(4) * 2 + b'\x08\x02\0\0\0'
 BOMB = b'\x89PNG\r\n\x1a\n\0\0\0\r' + CHUNK + zlib.crc32(CHUNK).to_bytes(4) + b'\0\0\0\x09IDATpixels'
 BAD = {'empty': (b'', 'empty'), 'a web page': (b'<!DOCTYPE html>', 'not an image'), 'zeros': (bytes(5000), 'not an image'),
@@ -280,6 +287,9 @@ BAD = {'empty': (b'', 'empty'), 'a web page': (b'<!DOCTYPE html>', 'not an image
        'wider than its data': (patched_size(120, 300), 'damaged'), 'no height': (patched_size(0, 150), 'empty'),
        'huge': (patched_size(65_000, 65_000), '65000 x 65000'), 'half a PNG': (encode(noise(64, 64), 'PNG')[:3000], 'truncated'),
        'half a PNG header': (encode(noise(64, 64), 'PNG')[:20], 'cannot be decoded'),
+       'sampling 0 x 2': (patched_sampling(0x02), 'damaged'), 'sampling 15 x 1': (patched_sampling(0xF1), 'damaged'),
+       'TIFF of floats': (encode(Image.fromarray(np.eye(20, dtype=np.float32)), 'TIFF'), '32-bit'),
+       'TIFF of integers': (encode(Image.fromarray(np.eye(20, dtype=np.int32) * 200), 'TIFF'), '32-bit'),
        'PNG bomb': (BOMB, 'exceeds|not decoded')}
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from resnet_rs import streams
 from resnet_rs.datasets import Example
 from resnet_rs.images import _make_arrays, batches
+from resnet_rs.runs import _subset
 from resnet_rs.streams import BadData, BadRecords, eval_stream, train_stream
 
 
@@ -186,6 +187,15 @@ def test_evaluation_masks_bad_records():
     assert np.flatnonzero(~masks).tolist() == [7, 23, 24, 60, 61, 62, 63]
 
 
+def test_a_subset_of_a_set_with_a_bad_record_is_drawn_all_the_same():
+    "Without a look at the classes; the stream meets the record and says so."
+    def labels(): raise ValueError('train record 7 cannot be read: it is empty')
+    source = Pictures(60)
+    source.labels = labels
+    part = _subset(source, 30, 1)
+    assert len(part) == len({part[i].key for i in range(30)}) == 30
+
+
 def test_wrong_arguments():
     for wrong, says in [(dict(source=Pictures(0)), "'train' has no example"), (dict(batch_size=0), 'batch_size = 0'),
                         (dict(seed=-1), 'seed = -1'), (dict(steps=2.5), r'steps = 2\.5'), (dict(start=10), 'beyond the 9 steps'),
@@ -224,6 +234,7 @@ def test_closing_does_not_wait_for_what_is_ahead():
 def test_interrupted_and_left_alone_a_process_ends(workers):
     "Ctrl-C, which reaches workers too, while a batch is awaited; and the end of a program that never closed its stream."
     process = script(f'''if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # who starts the tests in the background ignores it
     s = stream(Pictures(pause=0.05), 8, 10**6, workers={workers})
     try:
         next(s)
