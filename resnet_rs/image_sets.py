@@ -119,7 +119,7 @@ def _pictures(folder: Path, root: Path) -> list[str]:
              if not any(part[0] == '.' for part in p.relative_to(folder).parts))
     return sorted(p.relative_to(root).as_posix() for p in found if p.suffix.lower() in _PICTURES)
 
-
+# %% ../nbs/09_image_sets.ipynb #cell-16
 def _by_class(folder: Path, root: Path) -> dict[str, list[str]]:
     "Class name -> its pictures; ValueError if a class has none."
     found = {c.name: _pictures(c, root) for c in _visible(folder)}
@@ -140,7 +140,7 @@ def _deal(classes: dict[str, list[str]], splits: tuple[str, ...]) -> dict[str, d
         dealt['train'][name] = sorted(order[len(splits) * share:])
     return dealt
 
-# %% ../nbs/09_image_sets.ipynb #cell-16
+# %% ../nbs/09_image_sets.ipynb #cell-17
 def read_folder(path: str | os.PathLike) -> PictureFolder:
     "Describe a folder of pictures; only names are read. ValueError: not there, not readable, no pictures, not two classes."
     if not os.fspath(path): raise ValueError('folder: should be followed by the path of a folder')

@@ -21,7 +21,7 @@ from resnet_rs.resnet3d import VIDEO_VARIANTS
 from resnet_rs.weights import load_garden, load_tf1
 
 EVERY = sorted(p.stem for kind in ('garden', 'tf1') for p in GOLDENS.glob(f'{kind}_*_*[0-9].npz'))
-FAST = ('garden_resnet_rs_50_swish_128', 'garden_resnet3d_rs_50_7x45', 'tf1_resnet_rs_50_128', 'tf1_resnet_50_75')
+FAST = ('garden_resnet_rs_50_swish_128', 'tf1_resnet_rs_50_128', 'tf1_resnet_50_75')
 #: part of a golden's name -> what our network of that name needs to be told
 OPTIONS = {'_relu': dict(activation='relu'), 'garden_resnet_50_': dict(activation='relu'), '_half': dict(width=0.5),
            '_skip': dict(stem_pool='none'), 'resnet3d_garden': VIDEO_VARIANTS['resnet3d_garden']}

@@ -16,7 +16,7 @@ from resnet_rs.registry import create_model
 from resnet_rs.regularizers import smoothed_cross_entropy
 from resnet_rs.weights import load_timm
 
-FAST = ('resnetrs50_128', 'resnetrs50_75', 'resnetrs101_96', 'resnet50_75', 'tf_efficientnet_b0_75')
+FAST = ('resnetrs50_128', 'resnetrs50_75', 'resnetrs101_96', 'resnet50_75')
 EVERY = sorted(path.stem.removeprefix('timm_') for path in GOLDENS.glob('timm_*_*.npz'))
 OPTIONS = {'resnet50d': dict(stem='deep', shortcut='avg')}  # where no name of ours says it
 
@@ -82,7 +82,8 @@ def test_every_value_has_its_own_place(name):
 
 # One step of training
 
-@pytest.mark.parametrize('dtype', [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [jnp.float64, jnp.float32])
 def test_training_step(dtype):
     arrays, spec = golden('timm_training')
     model = empty(spec['model'], dtype)
@@ -135,6 +136,7 @@ def test_other_dialects_give_other_logits(name, dialect, low, high):
     assert low <= error < high
 
 
+@pytest.mark.slow
 def test_a_part_in_a_million_of_any_kind_of_parameter_is_noticed():
     arrays, spec = golden('timm_resnetrs50_75')
     model = loaded(spec)
@@ -173,6 +175,7 @@ def strangers(values):
     return found
 
 
+@pytest.mark.slow
 def test_initial_values():
     assert strangers(initial('timm')) == []
 

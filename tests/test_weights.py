@@ -441,6 +441,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
+@pytest.mark.slow
 def test_the_real_client_downloads_once_shows_progress_and_then_works_offline(tmp_path):
     file = tmp_path / 'model.safetensors'
     file.write_bytes(safetensors.numpy.save(export_weights(drawn(7, 'efficientnet_b0'))))
