@@ -91,7 +91,7 @@ def check(outs, dialect):
     ours = outs['switch']
     assert all((out == ours).all() for name, out in outs.items() if name != 'Pillow'), 'the ways disagree'
     distance = np.median(np.abs(outs['Pillow'].astype(float) - ours).mean((1, 2, 3)))
-    assert dialect != 'tf1' or distance < 3, f'Pillow did something else: half of its images differ by {distance} grey levels'
+    assert dialect != 'tf1' or distance < 8, f'Pillow did something else: half of its images differ by {distance} grey levels'
 
 
 def main():
