@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + sorted((ROOT / 'docs').glob('*.md'))
 
 
+@pytest.mark.slow
 def test_index_runs_and_says_what_is_saved(tmp_path):
     "The tables of the page are computed: run again, they must be those that are committed."
     import nbformat

@@ -236,7 +236,8 @@ def chi_square(counts):
     return float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
 
 
-@pytest.mark.parametrize('dialect', [pytest.param('tf1', marks=pytest.mark.slow), 'garden'])
+@pytest.mark.slow
+@every_dialect
 def test_operations_signs_and_centres_are_uniform(dialect):
     # every possible outcome on one small image is different, so the outputs tell what was drawn; public functions only
     image, m, constants, number = noise(16, 16, 3) // 2 + 60, 6., dict(translate=8., cutout=3.), 3200

@@ -143,6 +143,7 @@ def digests(tmp_path_factory):
     return re.search(r'DIGESTS (.*)', shown)[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoints_and_not_the_run(tmp_path, digests):
     """A limit on the size of files stops what is larger than a record, as a disk does that is nearly full."""
     shown = script('''
@@ -165,6 +166,7 @@ def without_privilege():
     if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0) != 0: raise OSError('cannot drop privilege')
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only(tmp_path, digests):
     """Checkpoints cannot be written: a warning. Records cannot be written: an error, at once, before any training."""
     script('grid()', folder=str(tmp_path))
@@ -184,6 +186,7 @@ def test_a_folder_that_turns_read_only(tmp_path, digests):
     assert re.search(r'REFUSED .*cannot be written to: Permission denied', shown), shown
 
 
+@pytest.mark.slow
 def test_a_truncated_newest_checkpoint(tmp_path, digests):
     """The one before it is used, and it is said; so is a start from nothing when all are damaged."""
     shown = script('''

@@ -53,7 +53,8 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path):
             (dict(model='resnet_rs_152', image_size=288), r'unknown image_size of resnet_rs_152 288.* Choices: 192, 224, 256'),
             (dict(model='efficientnet_b0'), 'this configuration cannot be trained yet: network efficientnet'),
             (dict(weights=str(tmp_path / 'nowhere')), 'nowhere holds no checkpoint of a trained network'),
-            (dict(scale='paper'), "imagenet2012 is not prepared in data_dir"),
+            (dict(dataset='digit'), r"unknown image set 'digit'; did you mean 'digits'\?"),
+            (dict(scale='paper'), 'imagenet2012 is not prepared in data_dir'),
             (dict(epochs=0), r'epochs = 0\.0 is out of range'), (dict(base_lr='fast'), "base_lr = 'fast' is not a number"),
             (dict(weight_decy=1e-5), "unknown parameter 'weight_decy'; did you mean 'weight_decay'")]:
         with pytest.raises(ParameterError, match=says) as caught: planned(**here | wrong)
