@@ -43,7 +43,7 @@ def our_turns(name, batch, size):
     from flax import nnx
 
     from resnet_rs.registry import create_model
-    from resnet_rs.training import Hyper, compiled_step, cross_entropy, initial_state, split
+    from resnet_rs.steps import Hyper, compiled_step, cross_entropy, initial_state, split
 
     network, params, stats = split(create_model(name))
     hyper = Hyper(peak_lr=1e-4, total_steps=10**6, label_smoothing=0.1, weight_decay=4e-5).traced()
@@ -153,7 +153,7 @@ def compile_one(name):
     from flax import nnx
 
     from resnet_rs.registry import create_model
-    from resnet_rs.training import Hyper, compiled_step, cross_entropy, initial_state, split
+    from resnet_rs.steps import Hyper, compiled_step, cross_entropy, initial_state, split
 
     model = nnx.eval_shape(lambda: create_model(name))
     network, params, stats = split(model)

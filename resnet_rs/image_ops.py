@@ -119,9 +119,9 @@ def _auto_contrast(levels, image, a: _Arguments, factored: bool):
 def _equalize(levels, image, a: _Arguments):
     channel = 256 * jnp.arange(3)
     counts = jnp.zeros(768, jnp.int32).at[image.astype(jnp.int32) + channel].add(1, mode='promise_in_bounds').reshape(3, 256)
-    below = jnp.cumsum(counts, 1) - counts
+    below = jnp.cumsum(counts, 1, jnp.int32) - counts
     largest = jnp.take_along_axis(counts, image.max((0, 1)).astype(jnp.int32)[:, None], 1)
-    step = lax.div(image.shape[0] * image.shape[1] - largest, 255)
+    step = lax.div(image.shape[0] * image.shape[1] - largest, np.int32(255))
     table = jnp.minimum(lax.div(below + step // 2, jnp.maximum(step, 1)), 255)
     table = jnp.where(step == 0, jnp.arange(256), table).astype(jnp.uint8)
     return table.reshape(768).at[levels.astype(jnp.int32) + channel].get(mode='promise_in_bounds')

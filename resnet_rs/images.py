@@ -135,9 +135,12 @@ def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[tuple[np.ndarray, 
     return (batch(begin) for begin in range(0, len(arrays), batch_size))
 
 # %% ../nbs/25_images.ipynb #cell-21
-def random_flip(key: jax.Array, images: jax.Array, flip_prob: float | jax.Array) -> jax.Array:
-    "Mirror each of the images [N,H,W,C], any dtype, left to right with probability `flip_prob` (0 to 1, may be traced)."
-    flipped = jax.random.bernoulli(key, flip_prob, (images.shape[0],))
+def random_flip(key: jax.Array, images: jax.Array, flip_prob: float | jax.Array, first: int | jax.Array = 0) -> jax.Array:
+    """Mirror each of the images [N,H,W,C], any dtype, left to right with probability `flip_prob` (0 to 1, may be traced).
+
+    `first`: number of the first image, where these are a part of a batch; image i depends on (key, first + i) only."""
+    numbers = first + jnp.arange(images.shape[0])
+    flipped = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), flip_prob))(numbers)
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 

@@ -36,9 +36,9 @@ def _draw(key, index, num_layers: int, height: int, width: int, prob, choices: i
         jnp.where(sign < 0.5, 1., -1.),
         jnp.floor(jnp.stack([row * height, column * width], -1)).astype(jnp.int32))
 
-def _draws(key, number: int, num_layers: int, height: int, width: int, prob, choices: int) -> _Draw:
+def _draws(key, number: int, num_layers: int, height: int, width: int, prob, choices: int, first=0) -> _Draw:
     one = partial(_draw, num_layers=num_layers, height=height, width=width, prob=prob, choices=choices)
-    return jax.vmap(one, (None, 0))(key, jnp.arange(number))
+    return jax.vmap(one, (None, 0))(key, first + jnp.arange(number))
 
 # %% ../nbs/21_randaugment.ipynb #cell-10
 def _pick(op, neutral, cases: Mapping[str, Any]):
@@ -46,7 +46,11 @@ def _pick(op, neutral, cases: Mapping[str, Any]):
     ranks = np.zeros(len(OPS) + 1, np.int32)
     for rank, name in enumerate(cases, 1): ranks[OPS.index(name)] = rank
     rank = jnp.asarray(ranks)[op]
-    return jax.tree.map(lambda *choices: lax.select_n(rank, *map(jnp.asarray, choices)), neutral, *cases.values())
+    def select(*choices):
+        kind = jnp.result_type(*choices)   # of Python's floats, float64 where that is enabled
+        kind = np.float32 if jnp.issubdtype(kind, np.floating) else kind
+        return lax.select_n(rank, *(jnp.asarray(choice, kind) for choice in choices))
+    return jax.tree.map(select, neutral, *cases.values())
 
 def _look_up(image, table):
     "Each value replaced by the entry of its channel: uint8[H,W,3], uint8[256,3] -> uint8[H,W,3]."
@@ -78,10 +82,10 @@ def _run(form: str, dialect: str, arguments: _Arguments, images, draws: _Draw):
     return jax.vmap(one)(images, draws)
 
 @partial(jax.jit, static_argnames=('num_layers', 'dialect', 'form'))
-def _augment(key, images, magnitude, prob, translate, cutout, num_layers, dialect, form=None):
+def _augment(key, images, magnitude, prob, translate, cutout, num_layers, dialect, form=None, first=0):
     number, height, width, _ = images.shape
     arguments = _arguments(magnitude, translate, cutout)  # once: they are the same for all images
-    draws = _draws(key, number, num_layers, height, width, prob, _DIALECTS[dialect].choices)
+    draws = _draws(key, number, num_layers, height, width, prob, _DIALECTS[dialect].choices, first)
     forms = {form: partial(_run, form, dialect, arguments) for form in ('switch', 'select', 'fused')}
     if form: return forms[form](images, draws)
     return lax.platform_dependent(images, draws, cpu=forms['switch'], default=forms['fused'])
@@ -96,12 +100,13 @@ def rand_augment(
     prob: float = 1.,  # share of the images that are augmented at all; 0 is the identity
     translate: float = 100.,  # translation at M = 10, in pixels
     cutout: float = 40.,  # half side of the cut-out at M = 10, in pixels
+    first: int = 0,  # number of the first image, where these are a part of a batch; may be traced
 ) -> jax.Array:  # uint8[N,H,W,3]
     """RandAugment: for every image and layer, one of `OPS` drawn uniformly and applied at strength `magnitude`. The dialect
     `garden` has a seventeenth choice, to do nothing.
 
     The direction of rotation, shear and translation is +1 or -1 with equal chance; the centre of Cutout is uniform over the
-    pixels. Image i depends on (key, i) and itself only. `magnitude`, `prob`, `translate` and `cutout` may be traced: one
+    pixels. Image i depends on (key, first + i) and itself only. `magnitude`, `prob`, `translate` and `cutout` may be traced: one
     compilation serves a sweep. Raises ValueError for what is known now and out of range, as `apply_op` does.
     """
     check_choice('dialect', dialect, _DIALECTS)
@@ -109,4 +114,5 @@ def rand_augment(
     if not isinstance(num_layers, int) or num_layers < 0:
         raise ValueError(f'num_layers must be a whole number, 0 or more, got {num_layers!r}')
     return _augment(key, jnp.asarray(images), _number('magnitude', magnitude, 0, 30), _number('prob', prob, 0, 1),
-                    _number('translate', translate, 0, np.inf), _number('cutout', cutout, 0, np.inf), num_layers, dialect)
+                    _number('translate', translate, 0, np.inf), _number('cutout', cutout, 0, np.inf), num_layers, dialect,
+                    first=first)

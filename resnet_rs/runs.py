@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['EVAL_BATCH', 'CURVE_POINTS', 'hyper_of', 'augmentation', 'predictor', 'Streamed', 'Data', 'seeded_data',
-           'training_batches', 'held_out_batches', 'first_pictures', 'evaluator', 'keep_weights', 'initial_weights',
-           'initial_model', 'train_run']
+           'training_batches', 'held_out_batches', 'run_mesh', 'first_pictures', 'evaluator', 'keep_weights',
+           'initial_weights', 'initial_model', 'fit_options', 'train_run']
 
 # %% ../nbs/48_runs.ipynb #cell-02
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,24 +19,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from .checkpoint import Checkpoints, fill
-from .config import DIALECTS, Config, Effective
+from .config import DIALECTS, Config
 from .datasets import Source, Subset, image_set, open_source
 from .digits import rank_in_class
+from .effective import Effective
 from .evaluate import evaluate_both
 from .image_sets import ImageSet
 from .images import Arrays, batches, eval_batches, load, normalise, random_flip, subset
 from .optim import SCHEDULES
+from .parallel import data_mesh, host_shard, shard_batch
 from .randaugment import rand_augment
 from .registry import from_config
+from .steps import Hyper, Network, State, split
 from .streams import BadRecords, Stream, _cores, eval_stream, train_stream
-from .training import Fitted, Hyper, Network, State, fit, save_checkpoint, split
+from .training import Fitted, fit, save_checkpoint
 
 # %% ../nbs/48_runs.ipynb #cell-05
 def hyper_of(values: Effective) -> Hyper:
     "The training loop's numbers from a run's effective values."
-    shared = {n: getattr(values, n) for n in Hyper._fields if n not in ('total_steps', 'schedule')}
+    shared = {n: v for n, v in asdict(values).items() if n in Hyper._fields and n != 'schedule' and v is not None}
     return Hyper(total_steps=values.steps, schedule=SCHEDULES.index(values.schedule), **shared)
 
 
@@ -54,11 +58,11 @@ def _described(dataset): return image_set(dataset) if isinstance(dataset, str) e
 def _augmentation(info, layers, ops):
     mirrored = 0.5 if info.flip and not info.streamed else 0.0
 
-    def augment(key, images, hyper):
+    def augment(key, images, hyper, first=0):
         flip_key, ops_key = jax.random.split(key)
-        images = random_flip(flip_key, images, mirrored)
+        images = random_flip(flip_key, images, mirrored, first)
         images = rand_augment(ops_key, images, layers, hyper.randaug_magnitude, ops, hyper.randaug_prob, hyper.translate_px,
-                              hyper.cutout_px)
+                              hyper.cutout_px, first)
         return normalise(images, info.mean, info.std)
     return augment
 
@@ -78,7 +82,7 @@ def _predictor(network, info):
     return predict
 
 # %% ../nbs/48_runs.ipynb #cell-09
-EVAL_BATCH = 256
+EVAL_BATCH = 256  # or the next multiple of the number of devices
 CURVE_POINTS = 4  # evaluations during a run, the last one included
 
 
@@ -137,18 +141,42 @@ def _subset(source, n, seed):
     return Subset(source, np.sort(order[np.argsort(rank_in_class(labels[order]), kind='stable')][:n]))
 
 # %% ../nbs/48_runs.ipynb #cell-11
-def training_batches(part: Arrays | Streamed, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator:
-    "Batches (images uint8 [B,S,S,3], labels int32 [B]) `start` .. `steps` - 1; each a function of (seed, its number)."
-    if isinstance(part, Arrays): return batches(part, batch_size, steps, seed, start)
+def training_batches(part: Arrays | Streamed, batch_size: int, steps: int, seed: int, start: int = 0,
+                     shard: tuple[int, int] = (0, 1)) -> Iterator:
+    """Batches (images uint8 [B,S,S,3], labels int32 [B]) `start` .. `steps` - 1; each a function of (seed, its number).
+
+    `shard`: of each batch the rows of this host, its number and the number of hosts."""
+    if isinstance(part, Arrays): return (_rows(batch, shard) for batch in batches(part, batch_size, steps, seed, start))
     return train_stream(part.source, part.image_size, batch_size, steps, seed, start, protocol=part.protocol,
-                        flip=part.info.flip, workers=_workers(), bad=part.bad)
+                        flip=part.info.flip, shard=shard, workers=_workers(), bad=part.bad)
 
 
-def held_out_batches(part: Arrays | Streamed, batch_size: int = EVAL_BATCH) -> Iterator:
-    "Batches (images [B,S,S,3] of 0 to 255, labels int32 [B], mask bool [B]) of all images, in order; a small set has small ones."
-    if isinstance(part, Arrays): return eval_batches(part, batch_size)
-    return eval_stream(part.source, part.image_size, min(batch_size, len(part)), protocol=part.protocol,
+def held_out_batches(part: Arrays | Streamed, batch_size: int = EVAL_BATCH, shard: tuple[int, int] = (0, 1),
+                     devices: int = 1) -> Iterator:
+    """Batches (images [B,S,S,3] of 0 to 255, labels int32 [B], mask bool [B]) of all images, in order.
+
+    `shard` as in `training_batches`; B is at most the size of a streamed set, and raised to a multiple of `devices`."""
+    if isinstance(part, Streamed): batch_size = min(batch_size, len(part))
+    batch_size += -batch_size % devices
+    if isinstance(part, Arrays): return (_rows(batch, shard) for batch in eval_batches(part, batch_size))
+    return eval_stream(part.source, part.image_size, batch_size, protocol=part.protocol, shard=shard,
                        workers=_workers() if len(part) >= 10_000 else 0, bad=part.bad)
+
+
+def _rows(batch, shard):
+    "This host's part of each array."
+    index, hosts = shard
+    return tuple(a[index * (len(a) // hosts):(index + 1) * (len(a) // hosts)] for a in batch)
+
+
+def run_mesh(config: Config) -> Mesh | None:
+    "All devices of all hosts, to share each batch of a run; None for a single CPU. ValueError if its batches do not divide."
+    devices, parts = jax.device_count(), config.accumulate or 1
+    if devices == 1 and jax.default_backend() == 'cpu': return None
+    if config.batch_size % (devices * parts):
+        raise ValueError(f'batch_size = {config.batch_size} does not divide into {parts} parts (accumulate) for each of the '
+                         f'{devices} {jax.devices()[0].device_kind} devices that JAX finds; take a multiple of {devices * parts}')
+    return data_mesh()
 
 # %% ../nbs/48_runs.ipynb #cell-12
 def first_pictures(part: Arrays | Streamed, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,9 +196,12 @@ def _workers() -> int:
 
 def evaluator(config: Config, averaged: bool, data: Data, most: int | None = None) -> Callable[[Network, State], dict]:
     "Evaluation of a state, on the first `most` batches or all: of the weights that the row reports, or raw and averaged ones."
+    mesh = run_mesh(config)
+
     def evaluate(network, state):
         ema = (state.ema_params, state.ema_stats) if averaged else None
-        held_out = islice(held_out_batches(data.held_out), most)
+        held_out = islice(held_out_batches(data.held_out, EVAL_BATCH, host_shard(mesh), mesh.size if mesh else 1), most)
+        if mesh: held_out = (shard_batch(mesh, batch) for batch in held_out)
         return evaluate_both(predictor(network, data.train.info), (state.params, state.stats), ema, held_out)
     return evaluate
 
@@ -206,6 +237,12 @@ def initial_model(config: Config, seed: int, weights: Mapping[str, np.ndarray] |
     return network.rebuild(filled['params'], filled['stats'])
 
 # %% ../nbs/48_runs.ipynb #cell-15
+def fit_options(config: Config, info: ImageSet) -> dict[str, Any]:
+    "How `fit` is to train a configuration on a set of images: augmentation, dialect, optimiser, devices, parts of a batch."
+    return dict(augment=augmentation(info, config.randaug_layers, config.dialect), dialect=config.dialect,
+                optimizer=config.optimizer, mesh=run_mesh(config), accumulate=config.accumulate or 1)
+
+
 def train_run(config: Config, values: Effective, seed: int, data: Data, progress: Callable | None = None, *,
               initial: Mapping[str, np.ndarray] | None = None, **interruptible: Any) -> tuple[Fitted, dict]:
     """Train and evaluate one run; the network, and the outcome as the fields of a record.
@@ -215,9 +252,8 @@ def train_run(config: Config, values: Effective, seed: int, data: Data, progress
     info = data.train.info
     with _batches(config, values, seed, data, **interruptible) as made:
         fitted = fit(initial_model(config, seed, initial, classes=info.classes), made, hyper_of(values),
-                     augment=augmentation(info, values.randaug_layers, config.dialect), seed=seed, dialect=config.dialect,
-                     evaluate=evaluator(config, values.ema_decay > 0, data), evaluate_at=stops, progress=progress,
-                     **interruptible)
+                     **fit_options(config, info), seed=seed, evaluate=evaluator(config, values.ema_decay > 0, data),
+                     evaluate_at=stops, progress=progress, **interruptible)
     raw, ema = (fitted.evaluations[-1][1][k] for k in ('raw', 'ema'))
     final, thin = ema or raw, slice(None, None, max(1, values.steps // 100))
     metrics = dict(top1=final['top1'], top5=final['top5'], top1_raw=raw['top1'], top5_raw=raw['top5'],
@@ -241,7 +277,8 @@ def _batches(config, values, seed, data, checkpoints=None, start=None, **_):
         if checkpoints: checkpoints.notes.setdefault('bad_records', {})[name] = bad.found  # the dictionary that goes on growing
     with ExitStack() as stack:
         def made(steps):
-            batches = training_batches(data.train, config.batch_size, values.steps, seed, steps)
+            shard = host_shard(run_mesh(config))
+            batches = training_batches(data.train, config.batch_size, values.steps, seed, steps, shard)
             return stack.enter_context(batches) if isinstance(batches, Stream) else batches
         yield made
 

@@ -13,7 +13,8 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
-from .config import PAPER_IMAGES, Config, Effective, effective
+from .config import Config
+from .effective import PAPER_IMAGES, Effective, effective
 from .evidence import check_records, final_top1, interval, top1_by_seed
 from .paper import check_choice, origin, table
 from .report import curve_panels, ours_label

@@ -183,14 +183,14 @@ def gradients(source):
 
 
 def test_one_gradient_loop():
-    """Exported code differentiates in resnet_rs.train only, experiments nowhere."""
+    """Exported code differentiates in resnet_rs.steps only, experiments nowhere."""
     assert sorted(gradients('import jax\nf = jax.value_and_grad(g)\nfrom jax import grad')) == [2, 3]
     assert not list(gradients('grad = 1; grad.vjp'))
     where = {path.stem: lines for path in MODULES if (lines := list(gradients(path.read_text(encoding='utf-8'))))}
     where |= {path.name: [i] for path in EXPERIMENTS for i, source, _ in code_cells(path) if list(gradients(source))}
-    tell([f'{name}, line {lines[0]}: take the gradient in 34_training (fit takes the loss)'
-          for name, lines in where.items() if name != 'training'])
-    assert 'training' in where or 'training' not in ROOMS, '34_training takes no gradient: this test looks for the wrong thing'
+    tell([f'{name}, line {lines[0]}: leave the gradient to 33_steps (fit takes the loss)'
+          for name, lines in where.items() if name != 'steps'])
+    assert 'steps' in where, '33_steps takes no gradient: this test looks for the wrong thing'
 
 
 # --- names and sizes -------------------------------------------------------------------------------------------------------

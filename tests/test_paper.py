@@ -11,7 +11,8 @@ import pytest
 
 from resnet_rs import paper
 from resnet_rs.claims import FURTHER_CLAIMS, paper_top1
-from resnet_rs.config import Config, check_trainable, effective, ladder, scaled
+from resnet_rs.config import Config, check_trainable, ladder, scaled
+from resnet_rs.effective import effective
 from resnet_rs.paper import CLAIMS, CONFIDENCE, origin, recipe, table, tables
 from resnet_rs.provenance import content_key
 

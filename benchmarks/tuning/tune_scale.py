@@ -19,7 +19,8 @@ import sys
 
 import numpy as np
 
-from resnet_rs.config import SCALES, effective, ladder, scaled
+from resnet_rs.config import SCALES, ladder, scaled
+from resnet_rs.effective import effective
 from resnet_rs.experiment import use_compilation_cache
 from resnet_rs.images import load, subset
 from resnet_rs.runs import Data, train_run
