@@ -26,7 +26,7 @@ $(STAMP): requirements.lock settings.ini setup.py
 run: $(STAMP)       ## re-run the paper's Table 1 on the embedded data (SCALE=smoke for a minute's look)
 	$(BIN)/papermill nbs/ablation.ipynb -p scale $(or $(SCALE),laptop) -p seeds $(or $(SEEDS),$(if $(filter smoke,$(SCALE)),1,3)) -p results_dir $(RESULTS)
 
-test: $(STAMP)      ## sync of notebooks and library, every notebook, and tests/
+test: $(STAMP)      ## sync of notebooks and library, notebooks (five slow ones apart), tests/
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP) ## what carries the slow flag

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,16 +32,19 @@ OUT = Path(__file__).resolve().parents[1] / 'results' / 'plans_tpu_v3.csv'
 
 
 def ordered():
-    "The plans of the paper, those that compile sooner first: by blocks in the network, training before inference."
+    "The plans of the paper: training in Table 7, other training, inference; in each the networks with few blocks first."
     from resnet_rs.config import DEPTHS
     from resnet_rs.efficientnet import COMPOUNDS, STAGES, round_blocks
+    from resnet_rs.paper import table
     from resnet_rs.plans import paper_plans
 
     def blocks(model):
         family, _, size = model.rpartition('_')
         if family != 'efficientnet': return sum(DEPTHS[int(size)])
         return sum(round_blocks(stage.blocks, COMPOUNDS[size].depth_factor) for stage in STAGES)
-    return sorted(paper_plans(), key=lambda plan: (plan.kind == 'predict', blocks(plan.model), plan.image_size))
+    released = {(row.model, row.image_size) for row in table('table7')}
+    return sorted(paper_plans(), key=lambda plan: (plan.kind == 'predict', (plan.model, plan.image_size) not in released,
+                                                   blocks(plan.model), plan.image_size))
 
 
 def wanted(records):
@@ -97,8 +101,8 @@ def compile_in_a_process(plan, minutes, on_cpu=False):
         try: done = subprocess.run(command, timeout=60 * minutes, capture_output=True, text=True)
         except subprocess.TimeoutExpired: return Record(plan, 'failed', f'not compiled within {minutes:g} minutes')
         if found := read_plans(out): return found[plan]
-        why = (done.stderr.strip().splitlines() or ['no message'])[-1][:200]
-        return Record(plan, 'failed', f'the compiler ended with {done.returncode}: {why}')
+        errors = [line for line in done.stderr.splitlines() if re.match(r'[\w.]*(Error|Exception): ', line)]
+        return Record(plan, 'failed', f'the compiler ended with {done.returncode}: {(errors or ["no message"])[-1][:200]}')
 
 
 def work(out, minutes, limit, on_cpu=False):

@@ -167,8 +167,8 @@ def rmsprop(
 ) -> optax.GradientTransformation:  # its state is that of optax.rmsprop: mean square and velocity, in the parameters' dtypes
     """RMSProp as TF1 has it, with the settings of the authors' EfficientNet; every argument may be traced.
 
-    Epsilon is inside the root, the mean square starts at 1, the rate is inside the momentum. Raises ValueError as `sgd` does.
-    Source: `build_optimizer` of `efficientnet/utils.py`.
+    Epsilon is inside the root, the mean square starts at 1, the rate is inside the velocity (which is minus TF1's slot). Raises
+    ValueError as `sgd` does. Source: `build_optimizer` of `efficientnet/utils.py`.
     """
     _check_strengths(learning_rate, momentum, weight_decay)
     _number('decay', decay, 0, 1)

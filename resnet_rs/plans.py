@@ -63,10 +63,11 @@ def images_that_fit(plan: Plan, needed: int, capacity: float, most: int = 128) -
 def described_devices(topology: str = 'v3:2x2') -> list:
     "Devices of a TPU that is not there. RuntimeError where the compiler, libtpu, is not installed or does not know the topology."
     from jax.experimental import topologies
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else it asks the network which TPU this machine has
+    # else it asks the network which TPU this machine has, and lets one process alone use it
+    for name in ('TPU_SKIP_MDS_QUERY', 'ALLOW_MULTIPLE_LIBTPU_LOAD'): os.environ.setdefault(name, '1')
     try: return list(topologies.get_topology_desc(platform='tpu', topology_name=topology).devices)
     except Exception as error:
-        raise RuntimeError(f"no TPU compiler for {topology}: it comes with pip install 'jax[tpu]' ({str(error)[:80]})") from error
+        raise RuntimeError(f"no TPU compiler for {topology}; pip install 'jax[tpu]' brings it ({str(error)[:200]})") from error
 
 
 def trace_plan(plan: Plan, devices: Sequence, **options) -> jax.stages.Traced:

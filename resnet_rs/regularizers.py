@@ -122,7 +122,7 @@ def decay_mask(
 ) -> dict[str, bool]:  # name -> whether L2 applies
     "Which parameters weight decay reaches (authors' `resnet_main.py`: all but batch norm)."
     rule = DIALECTS[check_choice('dialect', dialect, DIALECTS)].decay
-    if rule == 'kernels': return {n: n.endswith('kernel') for n in names}
+    if rule == 'kernels': return {n: n.endswith('kernel') and '.gate.' not in n for n in names}  # no self-gates in the Garden
     return {n: not any(part.startswith('norm') for part in n.split('.')) for n in names}
 
 

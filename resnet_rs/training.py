@@ -141,6 +141,12 @@ def _decisions(checkpoints, stop, total, hosts):
     return decide
 
 
+def _stopped(done, total, good, mesh):
+    "`Stopped`, when all hosts are here: the first one may have been saving."
+    if mesh: any_host(False)
+    return Stopped(f'after step {done} of {total}, {f"checkpoint of step {good}" if good else "no checkpoint"}')
+
+
 def _begin(model, optimizer, start, mesh, seed):
     "The run before its first step, or as it was left, and the key of its randomness; on all devices of the mesh."
     network, *arrays = split(model)
@@ -200,7 +206,7 @@ def fit(
                 if error := _diverged(run.losses, hyper, good, run.state if saving or done == total else None): raise error
             if evaluate and done in evaluate_at: run.evaluations.append((done, evaluate(run.network, run.state)))
             if saving and (not first_host() or save_checkpoint(checkpoints, run)): good = done
-            if stopping: raise Stopped(f'after step {done} of {total}, {f"checkpoint of step {good}" if good else "no checkpoint"}')
+            if stopping: raise _stopped(done, total, good, mesh)
             if progress and done in looks: progress(done, total, float(value))
     run.seconds = time.perf_counter() - begin
     return run

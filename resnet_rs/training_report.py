@@ -31,7 +31,7 @@ def scale_changes(released: Config, ours: Config, values: Effective) -> pd.DataF
     """What differs between a released model's configuration and ours, a line for each: 'released', 'here', 'meaning' (text).
 
     First the fields of `Config`, in the paper's units; then, marked effective, what training uses: `values`, and the paper's."""
-    theirs = effective(released, 'paper', PAPER_IMAGES)
+    theirs = effective(released.replace(augmentation=None), 'paper', PAPER_IMAGES)  # AutoAugment has no strength among these
     lines = [(f.name, getattr(released, f.name), getattr(ours, f.name), f.metadata['doc']) for f in fields(Config)]
     lines += [(f'effective {name}', getattr(theirs, name), getattr(values, name), words) for name, words in _EFFECTIVE.items()]
     lines.append(('e-foldings', theirs.decay_times(), values.decay_times(), 'how often weight decay alone divides a weight by e'))

@@ -163,6 +163,7 @@ def test_batches_that_do_not_divide_are_refused(config, message, tmp_path):
     assert process.returncode and message in errors and not list(tmp_path.glob('*.json'))
 
 
+@pytest.mark.slow
 def test_joblib_makes_the_same_runs(tmp_path):
     from resnet_rs.config import ladder, scaled
     from resnet_rs.experiment import Experiment, run

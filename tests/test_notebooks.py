@@ -1,4 +1,4 @@
-"""Every library notebook runs from top to bottom, each in a process of its own."""
+"""Every library notebook runs from top to bottom, each in a process of its own; a few that compile for minutes in the slow suite."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
-named = pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+HEAVY = ('12_resnet', '13_efficientnet', '14_resnet3d', '16_weights', '17_registry')   # the parity tests know their networks, too
+SLOW_CELLS = [n for n in NOTEBOOKS if '#| slow' in n.read_text('utf-8')]
 
 
 def nbdev_test(notebook, *flags):
@@ -17,12 +18,12 @@ def nbdev_test(notebook, *flags):
     assert done.returncode == 0, f'{notebook.name}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
 
 
-@named
+@pytest.mark.parametrize('notebook', [n for n in NOTEBOOKS if n.stem not in HEAVY], ids=lambda path: path.stem)
 def test_runs(notebook): nbdev_test(notebook)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('notebook', [n for n in NOTEBOOKS if '#| slow' in n.read_text('utf-8')], ids=lambda path: path.stem)
+@pytest.mark.parametrize('notebook', [n for n in NOTEBOOKS if n in SLOW_CELLS or n.stem in HEAVY], ids=lambda path: path.stem)
 def test_runs_with_slow_cells(notebook): nbdev_test(notebook, '--flags', 'slow')
 
 

@@ -210,14 +210,19 @@ def test_fields_that_contradict_each_other_are_refused(changes):
 
 
 @pytest.mark.parametrize('number', range(8))
-def test_an_efficientnet_cannot_be_trained_and_says_so_at_once(number, tmp_path):
+def test_autoaugment_is_not_there_and_the_small_scales_do_without(number, tmp_path):
     from resnet_rs.experiment import Experiment
     config = Config.paper(f'efficientnet_b{number}')
-    for attempt in (lambda: check_trainable(config), lambda: scaled(config, 'laptop'),
+    small = scaled(config, 'laptop')
+    assert small.augmentation is None and small.depth_factor == config.depth_factor and small.width == 0.25 * config.width
+    values = effective(small, 'laptop', 100)
+    assert (values.optimizer, values.rms_decay, values.schedule) == ('rmsprop', 0.9, 'exponential') and values.lr_decay_steps > 0
+    if number in (5, 7): return check_trainable(config)   # the paper takes their RandAugment checkpoints
+    for attempt in (lambda: check_trainable(config), lambda: scaled(config, 'paper'),
                     lambda: effective(config, 'paper', 1_281_167),
                     lambda: Experiment('try', {'b': config.replace(dataset='digits', image_size=32)}, scale='laptop', seeds=1,
                                        results_dir=tmp_path)):
-        with pytest.raises(ValueError, match='cannot be trained yet: network efficientnet') as error: attempt()
+        with pytest.raises(ValueError, match='cannot be trained yet: augmentation autoaugment') as error: attempt()
         assert '\n' not in str(error.value)
 
 

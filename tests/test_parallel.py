@@ -32,11 +32,14 @@ def play(program, devices, **environment):
 
 
 def result(process, timeout=100):
-    """Exit code, what it printed in its last line as JSON (None if nothing), and its errors."""
+    """Exit code, the last JSON object it printed (None if there is none), and its errors."""
     try: out, err = process.communicate(timeout=timeout)
     finally: process.kill()
-    lines = [line for line in out.splitlines() if line.startswith('{')]
-    return process.returncode, json.loads(lines[-1]) if lines else None, err
+    told, at = None, out.find('{"')
+    while at >= 0:      # among what the runtime writes, which may be in the same line
+        told, length = json.JSONDecoder().raw_decode(out[at:])
+        at = out.find('{"', at + length)
+    return process.returncode, told, err
 
 
 def free_port():
