@@ -90,6 +90,9 @@ def trace_plan(plan: Plan, devices: Sequence, **options) -> jax.stages.Traced:
     return step.trace(shapes(state, everywhere), images, shapes(labels, divided), Hyper().traced(), jax.random.key(0))
 
 # %% ../nbs/36_plans.ipynb #cell-11
+#: what the cycles of a program are spent on
+KINDS = ('spatial', 'depthwise', 'pointwise', 'reduction', 'element')
+PASSES = ('forward', 'backward', 'update')
 _NAME, _CALLS = re.compile(r'^(ENTRY )?%?([\w.-]+) \('), re.compile(r'calls=%?([\w.-]+)')
 _CYCLES, _OP = re.compile(r'"estimated_cycles":"(\d+)"'), re.compile(r'[\]})] ([a-z][\w-]*)\(')
 
@@ -119,12 +122,7 @@ def _kinds(lines, bodies, known):
         elif op.startswith('reduce') or op == 'select-and-scatter': found.add('reduction')
     return found
 
-
-#: what the cycles of a program are spent on
-KINDS = ('spatial', 'depthwise', 'pointwise', 'reduction', 'element')
-PASSES = ('forward', 'backward', 'update')
-
-
+# %% ../nbs/36_plans.ipynb #cell-12
 def schedule(program: str) -> Counter:
     "Cycles that the compiler expects, {(kind, pass): cycles}, of an executable for a TPU, printed (`as_text`); of others none."
     (bodies, entry), known, found = _computations(program), {}, Counter()
@@ -135,7 +133,7 @@ def schedule(program: str) -> Counter:
             found[next((kind for kind in KINDS if kind in kinds), 'element'), when] += int(cycles[1])
     return found
 
-# %% ../nbs/36_plans.ipynb #cell-13
+# %% ../nbs/36_plans.ipynb #cell-14
 CLOCK = 123e12 / (2 * 2 * 128 * 128 * 2)  # a second: the peak of a TPUv3 chip over what its 2 x 2 matrix units do in a cycle
 
 
@@ -175,7 +173,7 @@ def _bytes_used(text):
     found = re.search(r'Used ([\d.]+)([KMG])', text)
     return round(float(found[1]) * 2 ** dict(K=10, M=20, G=30)[found[2]]) if found else None
 
-# %% ../nbs/36_plans.ipynb #cell-16
+# %% ../nbs/36_plans.ipynb #cell-17
 _COUNTS = [(kind, when) for when in PASSES for kind in KINDS]
 _ABOUT = ('device', 'cores', 'topology', 'jax', 'libtpu', 'flax', 'commit', 'dirty', 'program', 'date')
 _FIELDS = ('kind', 'model', 'image_size', 'images', 'frames', 'se_ratio', 'status', 'reason', *Memory._fields, 'needed',
@@ -220,7 +218,7 @@ def read_plans(path: str | os.PathLike) -> dict[Plan, Record]:
         if tuple(rows.fieldnames or ()) != _FIELDS: raise ValueError(f'{Path(path).name} is no table of plans, or an older one')
         return {record.plan: record for record in map(_record, rows)}
 
-# %% ../nbs/36_plans.ipynb #cell-21
+# %% ../nbs/36_plans.ipynb #cell-22
 def largest(records: Mapping[Plan, Record], model: str, image_size: int, kind: str = 'train', **more) -> Record | None:
     "The record with most images a core of those that were compiled; None where there is none. `more`: frames, se_ratio."
     like = Plan(kind, model, image_size, 0, **more)
@@ -232,7 +230,7 @@ def step_seconds(record: Record | None, images: int = 1024, cores: int = 8) -> f
     "Compiled, not run: seconds for this many images on eight cores, in as many steps as it takes. None for no record."
     return record and record.seconds * images / (record.plan.images * cores)
 
-# %% ../nbs/36_plans.ipynb #cell-30
+# %% ../nbs/36_plans.ipynb #cell-31
 def images_seen(epochs: float, examples: int = PAPER_IMAGES) -> float:
     "Images that a run trains on, counting every time it sees one."
     return epochs * examples
