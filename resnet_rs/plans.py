@@ -199,7 +199,7 @@ def _record(row):
 
 def _number(text): return None if text == '' else float(text) if re.search(r'[.e]', text) else int(text)
 
-
+# %% ../nbs/36_plans.ipynb #cell-18
 def write_plans(path: str | os.PathLike, records: Iterable[Record]) -> None:
     "Write a table of records, in the order given; whole or not at all."
     path = Path(path)
@@ -218,7 +218,7 @@ def read_plans(path: str | os.PathLike) -> dict[Plan, Record]:
         if tuple(rows.fieldnames or ()) != _FIELDS: raise ValueError(f'{Path(path).name} is no table of plans, or an older one')
         return {record.plan: record for record in map(_record, rows)}
 
-# %% ../nbs/36_plans.ipynb #cell-22
+# %% ../nbs/36_plans.ipynb #cell-23
 def largest(records: Mapping[Plan, Record], model: str, image_size: int, kind: str = 'train', **more) -> Record | None:
     "The record with most images a core of those that were compiled; None where there is none. `more`: frames, se_ratio."
     like = Plan(kind, model, image_size, 0, **more)
@@ -230,7 +230,7 @@ def step_seconds(record: Record | None, images: int = 1024, cores: int = 8) -> f
     "Compiled, not run: seconds for this many images on eight cores, in as many steps as it takes. None for no record."
     return record and record.seconds * images / (record.plan.images * cores)
 
-# %% ../nbs/36_plans.ipynb #cell-31
+# %% ../nbs/36_plans.ipynb #cell-32
 def images_seen(epochs: float, examples: int = PAPER_IMAGES) -> float:
     "Images that a run trains on, counting every time it sees one."
     return epochs * examples

@@ -63,8 +63,8 @@ from resnet_rs.training import fit
 model = create_model('resnet_rs_26', 10, blocks=(1, 1, 1, 1), width=0.125, bn_group_size=GROUP, param_dtype='float64')
 draw = np.random.default_rng(0)
 batches = [(draw.integers(0, 256, (16, 32, 32, 3), np.uint8), draw.integers(0, 10, 16, np.int32)) for _ in range(4)]
-hyper = Hyper(peak_lr=0.05, total_steps=4, weight_decay=1e-3, label_smoothing=0.1, ema_decay=0.9, bn_momentum=0.0, randaug_prob=1.0,
-              randaug_magnitude=10.0, translate_px=12.0, cutout_px=5.0)
+hyper = Hyper(peak_lr=0.05, total_steps=4, weight_decay=1e-3, label_smoothing=0.1, ema_decay=0.9, bn_momentum=0.0,
+              randaug_prob=1.0, randaug_magnitude=10.0, translate_px=12.0, cutout_px=5.0)
 for name, how in WAYS.items():
     chance = {} if 'accumulate' in how or 'calm' in how else dict(dropout=0.25, drop_path=0.2)
     how = {key: value for key, value in how.items() if key != 'calm'}

@@ -1,4 +1,4 @@
-"""Every library notebook runs from top to bottom, each in a process of its own; a few that compile for minutes in the slow suite."""
+"""Every library notebook runs from top to bottom, each in a process of its own; a few that compile for minutes are slow."""
 import subprocess
 import sys
 from pathlib import Path

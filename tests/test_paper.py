@@ -231,7 +231,7 @@ def test_fields_of_efficientnet_leave_the_keys_alone():
     old = {name: value for name, value in asdict(Config()).items() if value is not None}
     new = {f.name for f in fields(Config) if f.default is None}
     keys = [content_key(config=c, effective={}, data='d', seed=0, result_version=1) for c in (old, asdict(Config()))]
-    assert keys[0] == keys[1] and len(new) == 9 and not new & set(old)
+    assert keys[0] == keys[1] and len(new) == 10 and not new & set(old)
 
 
 # --- claims ------------------------------------------------------------------------------------------------------------------
