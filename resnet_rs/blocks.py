@@ -117,10 +117,27 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def _convolve(self, x, kernel):
+        if len(self.size) == 3 and self.groups == 1:
+            return jax.lax.platform_dependent(x, kernel, cpu=self._by_frames, default=self._as_given)
+        return self._as_given(x, kernel)
+
+    def _as_given(self, x, kernel):
         space = 'DHW'[-len(self.size):]
         layout = (f'N{space}C', f'{space}IO', f'N{space}C')
         return jax.lax.conv_general_dilated(x, kernel, self.stride, self.padding, dimension_numbers=layout,
                                             feature_group_count=self.groups)
+
+    def _by_frames(self, x, kernel):
+        "In a clip, frame by frame: the frames under the kernel become channels. XLA's own takes far longer on a CPU."
+        (k, *size), (every, *stride), same = self.size, self.stride, self.padding == 'SAME'
+        pads = jax.lax.padtype_to_pads(x.shape[1:2], (k,), (every,), 'SAME')[0] if same else self.padding[0]
+        x = jnp.pad(x, ((0, 0), pads, (0, 0), (0, 0), (0, 0)))
+        taps = [x[:, i:x.shape[1] - k + i + 1:every] for i in range(k)]
+        if set(size + stride) == {1}: return sum(_pointwise(tap, w[0, 0]) for tap, w in zip(taps, kernel))
+        x, kernel = jnp.concatenate(taps, -1), jnp.moveaxis(kernel, 0, 2).reshape(*size, -1, kernel.shape[-1])
+        y = jax.lax.conv_general_dilated(x.reshape(-1, *x.shape[2:]), kernel, stride, 'SAME' if same else self.padding[1:],
+                                         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        return y.reshape(*x.shape[:2], *y.shape[1:])
 
 # %% ../nbs/11_blocks.ipynb #cell-14
 class ConvNorm(nnx.Module):

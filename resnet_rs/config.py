@@ -84,7 +84,7 @@ class _Network:
     image_size: int = _number(256, 8, 1024, 'side of the training and evaluation images, pixels')
     bn_group_size: int = _number(0, 0, 65_536, 'images that share batch statistics, 0 for the whole batch')
     precision: str = _word('float32', ['float32', 'bfloat16'], 'type of activations; weights and statistics stay float32')
-    network: str | None = _word(None, ['efficientnet'], 'None for the ResNets of `depth`')
+    network: str | None = _word(None, ['efficientnet', 'resnet3d'], 'None for the ResNets of `depth`, resnet3d: of clips')
     depth_factor: float | None = _number(None, 0.05, 10, 'EfficientNet: multiplier of the blocks in a stage')
     bn_epsilon: float | None = _number(None, 0, 1, "EfficientNet: added to batch norm's variance", below=True)
 
@@ -121,10 +121,10 @@ class Config(_Training):
     "One training run in the paper's units; the defaults are the baseline of Table 1."
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, check_field(f.name, getattr(self, f.name)))
-        for name, (owner, value) in _BELONGS.items():
-            if (getattr(self, name) is None) == (getattr(self, owner) == value):
+        for name, (owner, *values) in _BELONGS.items():
+            if (getattr(self, name) is None) == (getattr(self, owner) in values):
                 raise ValueError(f'{name} = {getattr(self, name)!r} does not go with {owner} = {getattr(self, owner)!r}')
-        check_averaging(self.bn_momentum, self.ema_decay)
+        check_averaging(self.bn_momentum, self.ema_decay), _check_augmentation(self.augmentation, self.randaug_prob)
         parts, group = self.accumulate or 1, self.bn_group_size
         if self.batch_size % parts or parts > 1 and (not group or self.batch_size // parts % group):
             raise ValueError(f'accumulate = {parts} parts of a batch of {self.batch_size} cannot be had with '
@@ -149,9 +149,9 @@ class Config(_Training):
         return cls(**given | dict(schedule=schedule) | warmup)
 
 
-#: what only a ResNet has, and field -> the (other field, value) without which it means nothing
+#: what only a ResNet has, and field -> the (other field, its values) without which it means nothing
 _RESNET = ('depth', 'stem', 'stem_pool', 'shortcut')
-_BELONGS = dict.fromkeys(_RESNET, ('network', None)) | {
+_BELONGS = dict.fromkeys(_RESNET, ('network', None, 'resnet3d')) | {
     'depth_factor': ('network', 'efficientnet'), 'bn_epsilon': ('network', 'efficientnet'),
     'rms_decay': ('optimizer', 'rmsprop'), 'rms_epsilon': ('optimizer', 'rmsprop'),
     'lr_decay_factor': ('schedule', 'exponential'), 'lr_decay_epochs': ('schedule', 'exponential')}
@@ -180,6 +180,12 @@ def check_averaging(bn_momentum: float, ema_decay: float) -> None:
     if bn_momentum == 0 and ema_decay == 0:
         raise ValueError('bn_momentum = 0 needs ema_decay > 0: without the average of the moving statistics '
                          'the network would be evaluated with the statistics of its last batch')
+
+
+def _check_augmentation(augmentation, randaug_prob):
+    if augmentation and randaug_prob:
+        raise ValueError(f'randaug_prob = {randaug_prob!r} does not go with augmentation = {augmentation!r}, '
+                         'which takes the place of RandAugment')
 
 
 _FIELDS = {f.name: f for f in fields(Config)}
@@ -217,10 +223,10 @@ def ladder(
 # %% ../nbs/01_config.ipynb #cell-33
 def check_trainable(config: Config) -> None:
     "Raise ValueError if `config` asks for something that the training loop does not have yet."
-    lacking = [f'augmentation {config.augmentation}'] if config.augmentation else []
-    if DIALECTS[config.dialect].randaugment is None: lacking.append(f'the RandAugment of dialect {config.dialect}')
-    if lacking: raise ValueError(f'this configuration cannot be trained yet: {", ".join(lacking)}; what there is is the '
-                                 'RandAugment of the dialects paper, tf1 and garden, or none (randaug_prob=0)')
+    if DIALECTS[config.dialect].randaugment is None:
+        lacking = 'AutoAugment' if config.augmentation else 'RandAugment'
+        raise ValueError(f'this configuration cannot be trained yet: the {lacking} of dialect {config.dialect}; what there is '
+                         'is RandAugment and AutoAugment of the dialects paper, tf1 and garden')
 
 # %% ../nbs/01_config.ipynb #cell-35
 @dataclass(frozen=True)
@@ -231,22 +237,21 @@ class Scale:
     epoch_share: float = 1.0  # part of the paper's passes over the training set that is run
     lr_factor: float = 1.0  # on the peak learning rate
     weight_decay_factor: float = 1.0
-    randaug_reference: int = 0  # image side to which 100 and 40 pixels refer, 0: they are pixels of any image
+    randaug_reference: int = 0  # image side to which the pixels of both augmentations refer, 0: they are pixels of any image
 
 
 #: name -> Scale
 SCALES: Mapping[str, Scale] = MappingProxyType({
     'smoke': Scale('seconds, made-up pictures: does everything run?', dict(
         dataset='synthetic', depth=14, width=0.125, image_size=32, batch_size=16, train_examples=40, randaug_magnitude=10,
-        precision='float32', augmentation=None),
+        precision='float32'),
         epoch_share=0.016, lr_factor=4, weight_decay_factor=300, randaug_reference=256),
     'laptop': Scale('minutes on two cores, real digits that ship with scikit-learn', dict(
         dataset='digits', depth=26, width=0.25, image_size=32, batch_size=32, train_examples=100, randaug_magnitude=10,
-        precision='float32', augmentation=None),
+        precision='float32'),
         epoch_share=0.45, lr_factor=8, weight_decay_factor=150, randaug_reference=256),
     'gpu': Scale('about an hour on one accelerator, CIFAR-10 (planned, not yet measured)', dict(
-        dataset='cifar10', depth=50, width=0.5, image_size=32, batch_size=256, randaug_magnitude=10,
-        augmentation=None),
+        dataset='cifar10', depth=50, width=0.5, image_size=32, batch_size=256, randaug_magnitude=10),
         epoch_share=0.1, weight_decay_factor=10, randaug_reference=256),
     'paper': Scale('ImageNet as in the paper, a TPU pod (planned, not yet run)', dict()),
 })
@@ -257,7 +262,8 @@ def scaled(config: Config, scale: str, **overrides) -> Config:
 
     An EfficientNet keeps its proportions: the scale's width multiplies its own, its depth stays."""
     changes = dict(SCALES[check_choice('scale', scale, SCALES)].settings)
-    if config.network: changes = {k: v * config.width if k == 'width' else v for k, v in changes.items() if k != 'depth'}
+    if config.network == 'efficientnet':
+        changes = {k: v * config.width if k == 'width' else v for k, v in changes.items() if k != 'depth'}
     config = config.replace(**changes | {k: v for k, v in overrides.items() if v is not None})
     check_trainable(config)
     return config

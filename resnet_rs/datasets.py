@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'Source', 'ArraySource', 'FolderSource', 'TfdsSource', 'how_to_prepare', 'prepared_folder', 'image_set',
-           'open_source', 'draw_synthetic', 'Subset', 'limit_labels']
+           'open_source', 'Subset', 'limit_labels']
 
 # %% ../nbs/23_datasets.ipynb #cell-02
 import contextlib
@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,8 @@ import tensorflow_datasets as tfds
 
 from .config import check_choice
 from .digits import prepare_digits, rank_in_class
-from .image_sets import DATASETS, ImageSet, data_folder, read_folder
+from .image_sets import DATASETS, ImageSet, data_folder, read_folder, some_classes
+from .small_sets import SMALL_SETS
 from .storage import as_path, file_names, is_bucket, read_whole, write_whole
 
 # %% ../nbs/23_datasets.ipynb #cell-05
@@ -182,12 +183,16 @@ _WRITING = ('mnist', 'digit', 'svhn', 'omniglot', 'letter', 'character', 'quickd
 _WAYS = {(True, True): ('train', 'validation', 'test'), (True, False): ('train[:90%]', 'train[90%:]', 'validation'),
          (False, True): ('train[:90%]', 'train[90%:]', 'test'), (False, False): ('train[:80%]', 'train[80%:90%]', 'train[90%:]')}
 
+_SOME = re.compile(r'.+:\d[\d+-]*')  # some classes of a set
+
 
 def image_set(name: str, data_dir: str | os.PathLike | None = None) -> ImageSet:
-    """What is known about a set: a name in DATASETS, 'folder:PATH', or the name of a TFDS set that is prepared or can be.
+    """What is known about a set: a name in DATASETS, 'folder:PATH', the name of a TFDS set that is prepared or can be, or some
+    classes of any of them: 'digits:0-4', 'cifar10:0+3-5'.
 
     ValueError: no such set, or not one picture and one class an example. TFDS asks its own server about a set not prepared."""
     if name in DATASETS: return DATASETS[name]
+    if _SOME.fullmatch(name): return _part(name, data_dir)
     if name.startswith('folder:'): return read_folder(name.removeprefix('folder:')).info
     if re.fullmatch(r'\w+(/[\w.+-]+)?', name):
         if folder := prepared_folder(name, data_dir): return _described(name, tfds.builder_from_directory(folder).info)
@@ -236,27 +241,15 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     """Open a split of any image set, see `image_set`. Digits are prepared on first use; nothing is ever downloaded here.
 
     ValueError: no such set or split; not prepared, with the command that does it; damaged."""
-    if name.startswith('folder:'): return FolderSource(name.removeprefix('folder:'), split)
-    if name == 'synthetic': return ArraySource(*draw_synthetic(split), DATASETS[name], split)
+    if name.startswith('folder:') and not _SOME.fullmatch(name): return FolderSource(name.removeprefix('folder:'), split)
+    if name in SMALL_SETS: return ArraySource(*SMALL_SETS[name](split), DATASETS[name], split)
     info = image_set(name, data_dir)
+    if _SOME.fullmatch(name): return _SomeClasses(open_source(name.rpartition(':')[0], split, data_dir), info)
     folder = prepare_digits(data_dir) if name == 'digits' else prepared_folder(info.tfds, data_dir)
     if folder: return TfdsSource(info, split, folder)
     raise ValueError(f'{name} is not prepared in data_dir {str(data_folder(data_dir))!r}. Say: {how_to_prepare(name, data_dir)}')
 
-# %% ../nbs/23_datasets.ipynb #cell-24
-def draw_synthetic(split: str) -> tuple[np.ndarray, np.ndarray]:
-    "The set 'synthetic': uint8 [N,16,16,3] and labels [N], a function of the split alone. ValueError: no such split."
-    info = DATASETS['synthetic']
-    random = np.random.RandomState(1 + list(info.splits).index(check_choice('split of synthetic', split, info.splits)))
-    patterns = np.random.RandomState(0).randint(0, 256, (info.classes, 4, 4, 3))
-    labels, pictures = random.permutation(np.arange(info.splits[split]) % info.classes), []
-    for label in labels:
-        picture = np.kron(patterns[label], np.ones((4, 4, 1), np.int64))
-        picture = 3 * np.roll(picture, random.randint(-2, 3, 2), axis=(0, 1)) + random.randint(0, 256, picture.shape)
-        pictures.append((picture // 4).astype(np.uint8))
-    return np.stack(pictures), labels
-
-# %% ../nbs/23_datasets.ipynb #cell-27
+# %% ../nbs/23_datasets.ipynb #cell-25
 class Subset:
     "The examples `indices` of a source, in that order, as a source. ValueError for an index that is not in it."
     def __init__(self, source: Source, indices: Sequence[int]):
@@ -283,3 +276,23 @@ def limit_labels(labels: Source | Sequence[int], per_class: int, seed: int) -> t
     order = np.random.default_rng((seed, 0, 2)).permutation(len(labels))
     chosen = order[rank_in_class(labels[order]) < per_class]
     return np.sort(chosen), np.setdiff1d(order, chosen)
+
+# %% ../nbs/23_datasets.ipynb #cell-27
+@lru_cache
+def _part(name, data_dir):
+    "The ImageSet of 'SET:CLASSES'; one object for a name, as compiled programs are looked up by it."
+    base = name.rpartition(':')[0]
+    info, classes = some_classes(image_set(base, data_dir), name)
+    labels = {split: open_source(base, split, data_dir).labels() for split in info.splits}
+    return replace(info, splits={split: int(np.isin(known, classes).sum()) for split, known in labels.items()})
+
+
+class _SomeClasses(Subset):
+    "The classes of `source` that the set `info`, 'SET:CLASSES', has."
+    def __init__(self, source, info):
+        self._classes = some_classes(source.info, info.name)[1]
+        super().__init__(source, np.flatnonzero(np.isin(source.labels(), self._classes)))
+        self.info = info
+
+    def __getitem__(self, index): return (e := super().__getitem__(index))._replace(label=self._classes.index(e.label))
+    def labels(self): return _known(np.searchsorted(self._classes, super().labels()), self)

@@ -29,8 +29,8 @@ class Effective:
     randaug_prob: float
     randaug_layers: int
     randaug_magnitude: float
-    translate_px: float  # RandAugment's translation at magnitude 10
-    cutout_px: float  # half the side of RandAugment's cut-out at magnitude 10
+    translate_px: float  # RandAugment's translation at magnitude 10, AutoAugment's at level 10
+    cutout_px: float  # half the side of the cut-out there
     optimizer: str | None = None  # as in Config, and so the next two
     rms_decay: float | None = None
     rms_epsilon: float | None = None
@@ -47,7 +47,9 @@ class Effective:
         return self.steps * self.peak_lr * mean * self.weight_decay / (1 - self.momentum)
 
 # %% ../nbs/02_effective.ipynb #cell-06
-PAPER_IMAGES, _PAPER_BATCH = 1_281_167, {None: 4096, 'efficientnet': 2048}  # ImageNet's training set; the authors' batches
+PAPER_IMAGES = 1_281_167  # ImageNet's training set
+#: updates the authors made in an epoch; those of clips (Kinetics-400) are 73,682 in 350
+_PAPER_UPDATES = {None: PAPER_IMAGES / 4096, 'efficientnet': PAPER_IMAGES / 2048, 'resnet3d': 73_682 / 350}
 
 
 def effective(config: Config, scale: str, examples: int) -> Effective:
@@ -55,13 +57,14 @@ def effective(config: Config, scale: str, examples: int) -> Effective:
     check_trainable(config)
     rule = SCALES[check_choice('scale', scale, SCALES)]
     steps = max(1, round(config.epochs * rule.epoch_share * examples / config.batch_size))
-    share = steps / (config.epochs * PAPER_IMAGES / _PAPER_BATCH[config.network])  # of the steps of as many epochs in the paper
+    share = steps / (config.epochs * _PAPER_UPDATES[config.network])  # of the steps of as many epochs in the paper
     window = max(1.0, share / (1 - config.ema_decay))
     size = config.image_size / rule.randaug_reference if rule.randaug_reference else 1.0
+    translate, cutout = (250, 100) if config.augmentation else (100, 40)  # pixels: AutoAugment's, and RandAugment's
     same = {f.name: getattr(config, f.name) for f in fields(Effective) if hasattr(config, f.name)}
     return Effective(**same | dict(
         steps=steps, warmup_steps=round(steps * min(1.0, config.warmup_epochs / config.epochs)),
         peak_lr=config.base_lr * config.batch_size / 256 * rule.lr_factor,
         weight_decay=config.weight_decay * rule.weight_decay_factor,
-        ema_decay=(1 - 1 / window) if config.ema_decay else 0.0, translate_px=100 * size, cutout_px=40 * size,
+        ema_decay=(1 - 1 / window) if config.ema_decay else 0.0, translate_px=translate * size, cutout_px=cutout * size,
         lr_decay_steps=steps * config.lr_decay_epochs / config.epochs if config.lr_decay_epochs else None))

@@ -30,7 +30,7 @@ class Progress:
     def begin(self, run: Any, made: int = 0) -> None:
         "A run (with `key`, `row`, `seed` and `effective.steps`) is taken up, of which `made` steps are made already."
         self.run, self.made, self.last = run, made, time.monotonic()
-        saved = self.costs[run.key] * made / run.effective.steps
+        saved = self.costs[run.key] * made / max(run.effective.steps, 1)
         self.costs[run.key], self.total = self.costs[run.key] - saved, self.total - saved
         if made: self.say(f'         {run.row}, seed {run.seed}: goes on from its checkpoint of step {made}')
 

@@ -42,16 +42,17 @@ def _canonical(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 # %% ../nbs/03_provenance.ipynb #cell-09
-def content_key(*, config, effective, data, seed, result_version, initial=None):
+def content_key(*, config, effective, data, seed, result_version, initial=None, task=None):
     """Sixteen hexadecimal digits that name a run by what determines its result.
 
     `config`, `effective`: mappings of plain values; `data`: the data's fingerprint; `seed`, `result_version`: integers;
-    `initial`: a hash of the weights it starts from, None where the seed draws them.
+    `initial`: a hash of the weights it starts from, None where the seed draws them; `task`: a mapping that says what is learned
+    where that is not the classes of images.
     SHA-256 of JSON with sorted names and floats as Python prints them. The order of names, tuple or list, and 90 or 90.0
     make no difference, and an entry that is None counts as absent. NaN, infinities and other types: ValueError.
     """
     parts = dict(config=config, effective=effective, data=data, seed=seed, result_version=result_version,
-                 initial=initial)
+                 initial=initial, task=task)
     parts = {name: plain(value, name) for name, value in parts.items()}
     text = json.dumps(_canonical(parts), sort_keys=True, separators=(',', ':'), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@
 __all__ = ['rand_augment', 'OPS', 'apply_op']
 
 # %% ../nbs/21_randaugment.ipynb #cell-02
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,13 +28,17 @@ class _Draw(NamedTuple):
     sign: jax.Array  # float32[layers]
     centre: jax.Array  # int32[layers,2]
 
-def _draw(key, index, num_layers: int, height: int, width: int, prob, choices: int) -> _Draw:
+def _chance(key, index, num_layers: int, height: int, width: int):
+    "For one image a number from [0, 1), and for each of its layers another one, a sign and a pixel."
     chance = jax.random.uniform(jax.random.fold_in(key, index), (1 + num_layers, 4))  # one call: quick to compile
-    op, sign, row, column = chance[1:].T
-    return _Draw(
-        jnp.where(chance[0, 0] < prob, jnp.floor(op * choices), len(OPS)).astype(jnp.int32),
-        jnp.where(sign < 0.5, 1., -1.),
-        jnp.floor(jnp.stack([row * height, column * width], -1)).astype(jnp.int32))
+    layers, sign, row, column = chance[1:].T
+    pixel = jnp.floor(jnp.stack([row * height, column * width], -1)).astype(jnp.int32)
+    return chance[0, 0], layers, jnp.where(sign < 0.5, 1., -1.), pixel
+
+def _draw(key, index, num_layers: int, height: int, width: int, prob, choices: int) -> _Draw:
+    image, layers, sign, centre = _chance(key, index, num_layers, height, width)
+    op = jnp.where(image < prob, jnp.floor(layers * choices), len(OPS)).astype(jnp.int32)
+    return _Draw(op, sign, centre)
 
 def _draws(key, number: int, num_layers: int, height: int, width: int, prob, choices: int, first=0) -> _Draw:
     one = partial(_draw, num_layers=num_layers, height=height, width=width, prob=prob, choices=choices)
@@ -56,39 +60,45 @@ def _look_up(image, table):
     "Each value replaced by the entry of its channel: uint8[H,W,3], uint8[256,3] -> uint8[H,W,3]."
     return table.at[image.astype(jnp.int32), jnp.arange(3)].get(mode='promise_in_bounds')
 
-def _fused_layer(dialect: str, image, op, a: _Arguments):
-    "One map, one table, one blend and one hole; all but one of them neutral."
+def _fused_layer(dialect: str, image, op, a: _Arguments, names: Collection[str] = OPS):
+    "One map, one table, one blend and one hole; all but one of them neutral. `names`: what may be drawn."
     d, pick = _DIALECTS[dialect], partial(_pick, op)
-    matrices = {name: matrix(*image.shape[:2], a) for name, matrix in d.matrices.items()}
-    image = d.warp(image, pick((1., 0., 0., 0., 1., 0.), matrices))
+    matrices, tables, degenerates = ({name: f for name, f in kind.items() if name in names}
+                                     for kind in (d.matrices, d.tables, d.degenerates))
+    image = d.warp(image, pick((1., 0., 0., 0., 1., 0.), {name: f(*image.shape[:2], a) for name, f in matrices.items()}))
     levels = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None], (256, 3))
-    image = _look_up(image, pick(levels, {name: table(levels, image, a) for name, table in d.tables.items()}))
-    degenerate = pick(image.astype(jnp.float32), {name: degenerate(image) for name, degenerate in d.degenerates.items()})
-    image = _blend(degenerate, image, pick(1., dict.fromkeys(d.degenerates, a.factor)))
-    return _cutout(image, a._replace(half=pick(0, dict(Cutout=a.half))))
+    image = _look_up(image, pick(levels, {name: f(levels, image, a) for name, f in tables.items()}))
+    degenerate = pick(image.astype(jnp.float32), {name: f(image) for name, f in degenerates.items()})
+    image = _blend(degenerate, image, pick(1., dict.fromkeys(degenerates, a.factor)))
+    return _cutout(image, a._replace(half=pick(0, dict(Cutout=a.half)))) if 'Cutout' in names else image
 
 # %% ../nbs/21_randaugment.ipynb #cell-13
-def _branch_layer(dialect: str, image, op, a: _Arguments):
+def _branch_layer(dialect: str, image, op, a: _Arguments, names: Collection[str] = OPS):
     "The operation that was drawn and no other."
-    return lax.switch(op, [*(_operation(name, dialect) for name in OPS), lambda image, a: image], image, a)
+    def same(image, a): return image
+    return lax.switch(op, [*(_operation(name, dialect) if name in names else same for name in OPS), same], image, a)
 
-def _run(form: str, dialect: str, arguments: _Arguments, images, draws: _Draw):
+def _run(form: str, dialect: str, arguments: Callable, names: Collection[str], images, draws):
     layer = _fused_layer if form == 'fused' else _branch_layer
 
     def one(image, draw):
-        def step(image, d): return layer(dialect, image, d.op, arguments._replace(sign=d.sign, centre=d.centre)), None
+        def step(image, d): return layer(dialect, image, d.op, arguments(d), names), None
         return lax.scan(step, image, draw)[0]
     if form == 'switch': return lax.map(lambda pair: one(*pair), (images, draws))
     return jax.vmap(one)(images, draws)
+
+def _carry_out(draws, images, arguments: Callable, dialect: str, form: str | None = None, names: Collection[str] = OPS):
+    "The images after their layers, by `draws`: `op`, one of `names`, and what `arguments` turns into those of the operation."
+    forms = {form: partial(_run, form, dialect, arguments, names) for form in ('switch', 'select', 'fused')}
+    if form: return forms[form](images, draws)
+    return lax.platform_dependent(images, draws, cpu=forms['switch'], default=forms['fused'])
 
 @partial(jax.jit, static_argnames=('num_layers', 'dialect', 'form'))
 def _augment(key, images, magnitude, prob, translate, cutout, num_layers, dialect, form=None, first=0):
     number, height, width, _ = images.shape
     arguments = _arguments(magnitude, translate, cutout)  # once: they are the same for all images
     draws = _draws(key, number, num_layers, height, width, prob, _DIALECTS[dialect].choices, first)
-    forms = {form: partial(_run, form, dialect, arguments) for form in ('switch', 'select', 'fused')}
-    if form: return forms[form](images, draws)
-    return lax.platform_dependent(images, draws, cpu=forms['switch'], default=forms['fused'])
+    return _carry_out(draws, images, lambda d: arguments._replace(sign=d.sign, centre=d.centre), dialect, form)
 
 # %% ../nbs/21_randaugment.ipynb #cell-14
 def rand_augment(

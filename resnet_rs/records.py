@@ -28,14 +28,14 @@ METRICS = ('top1', 'top5', 'top1_raw', 'top5_raw', 'top1_ema', 'top5_ema',
 CURVE = ('step', 'train_loss', 'eval_step', 'top1')
 _INSIDE = {'metrics': METRICS, 'curve': CURVE, 'device': ('kind', 'count'), 'git': ('commit', 'dirty'),
            'data': ('name', 'source', 'fingerprint', 'train_examples', 'eval_examples')}
-_OPTIONAL = {'initial': str, 'resumed': int, 'divergence': dict, 'bad_records': dict}
+_OPTIONAL = {'initial': str, 'task': dict, 'resumed': int, 'divergence': dict, 'bad_records': dict}
 _DIVERGENCE = ('step', 'learning_rate', 'checkpoint')
 _ONLY_DONE = ('weights_sha256', 'steps', 'seconds', 'images_per_second')   # may be None in a run that was cut short
 
 
 def _own_key(record):
     "The key that the content of `record` asks for."
-    return content_key(data=record['data']['fingerprint'], initial=record.get('initial'),
+    return content_key(data=record['data']['fingerprint'], initial=record.get('initial'), task=record.get('task'),
                        **{name: record[name] for name in ('config', 'effective', 'seed', 'result_version')})
 
 

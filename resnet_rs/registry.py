@@ -104,7 +104,7 @@ def from_config(config: Config, num_classes: int, rngs: nnx.Rngs) -> Network:
         sizes = [known for known in list_models('efficientnet_*') if _MODELS[known].settings.items() <= options.items()]
         name = sizes[0] if sizes else 'efficientnet_b0'
     else:
-        family = 'resnet_rs' if config.se_ratio and config.shortcut == 'avg' else 'resnet'
+        family = config.network or ('resnet_rs' if config.se_ratio and config.shortcut == 'avg' else 'resnet')
         name = f'{family}_{config.depth}' if f'{family}_{config.depth}' in _MODELS else f'{family}_50'
         options['blocks'] = DEPTHS[config.depth]
     return create_model(name, num_classes, rngs=rngs, dialect=config.dialect, bn_group_size=config.bn_group_size,

@@ -9,7 +9,7 @@ __all__ = ['OPTIMIZERS', 'Hyper', 'Network', 'split', 'State', 'initial_state', 
 # %% ../nbs/33_steps.ipynb #cell-02
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -90,8 +90,13 @@ OPTIMIZERS = (None, 'rmsprop')
 def initial_state(params: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], optimizer: str | None = None) -> State:
     "State before the first step. The averages start at the values (TF1), in arrays of their own: the step donates its input."
     if optimizer not in OPTIMIZERS: raise ValueError(f'optimizer = {optimizer!r} is unknown; choices: {OPTIMIZERS}')
-    copy = lambda arrays: {n: jnp.array(v, copy=True) for n, v in arrays.items()}
-    memory = (rmsprop if optimizer else sgd)(0.0).init(dict(params))
+    return _first_state(dict(params), dict(stats), optimizer)
+
+
+@partial(jax.jit, static_argnums=2)  # one program, and not one for every shape
+def _first_state(params, stats, optimizer):
+    def copy(arrays): return jax.tree.map(jnp.copy, arrays)
+    memory = (rmsprop if optimizer else sgd)(0.0).init(params)
     return State(jnp.int32(0), copy(params), copy(stats), memory, copy(params), copy(stats))
 
 

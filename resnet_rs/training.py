@@ -147,6 +147,9 @@ def _stopped(done, total, good, mesh):
     return Stopped(f'after step {done} of {total}, {f"checkpoint of step {good}" if good else "no checkpoint"}')
 
 
+def _on_devices(mesh, tree): return jax.device_put(tree) if mesh is None else replicate(mesh, tree)
+
+
 def _begin(model, optimizer, start, mesh, seed):
     "The run before its first step, or as it was left, and the key of its randomness; on all devices of the mesh."
     network, *arrays = split(model)
@@ -186,7 +189,7 @@ def fit(
     check_averaging(hyper.bn_momentum, hyper.ema_decay)
     run, key = _begin(model, optimizer, start, mesh, seed)
     place, step = _one_step(run.network, loss, dialect, optimizer, augment, mesh, accumulate)
-    total, traced, evaluate_at = int(hyper.total_steps), hyper.traced(), set(evaluate_at)
+    total, evaluate_at, traced = int(hyper.total_steps), set(evaluate_at), _on_devices(mesh, hyper.traced())
     looks = evaluate_at | set(range(0, total, max(total // 20, 1))) | {total}  # steps after which the host waits
     made, losses, begin = int(run.state.step), list(run.losses), time.perf_counter() - run.seconds
     good = made or None  # step of the last checkpoint

@@ -15,23 +15,24 @@ import pandas as pd
 
 from .config import Config
 from .effective import PAPER_IMAGES, Effective, effective
+from .curves import curve_panels
 from .evidence import check_records, final_top1, interval, top1_by_seed
 from .paper import check_choice, origin, table
-from .report import curve_panels, ours_label
+from .report import ours_label
 
 # %% ../nbs/53_training_report.ipynb #cell-05
 _EFFECTIVE = {'steps': 'updates of the weights', 'warmup_steps': 'of these with a rising learning rate',
               'peak_lr': 'learning rate', 'weight_decay': 'L2 coefficient',
               'ema_decay': 'decay of the moving average',
-              'translate_px': 'RandAugment: translation at magnitude 10, pixels',
-              'cutout_px': 'RandAugment: half the side of its cut-out at magnitude 10, pixels'}
+              'translate_px': 'RandAugment or AutoAugment: translation at magnitude 10, pixels',
+              'cutout_px': 'RandAugment or AutoAugment: half the side of its cut-out at magnitude 10, pixels'}
 
 
 def scale_changes(released: Config, ours: Config, values: Effective) -> pd.DataFrame:
     """What differs between a released model's configuration and ours, a line for each: 'released', 'here', 'meaning' (text).
 
     First the fields of `Config`, in the paper's units; then, marked effective, what training uses: `values`, and the paper's."""
-    theirs = effective(released.replace(augmentation=None), 'paper', PAPER_IMAGES)  # AutoAugment has no strength among these
+    theirs = effective(released, 'paper', PAPER_IMAGES)
     lines = [(f.name, getattr(released, f.name), getattr(ours, f.name), f.metadata['doc']) for f in fields(Config)]
     lines += [(f'effective {name}', getattr(theirs, name), getattr(values, name), words) for name, words in _EFFECTIVE.items()]
     lines.append(('e-foldings', theirs.decay_times(), values.decay_times(), 'how often weight decay alone divides a weight by e'))

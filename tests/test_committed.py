@@ -57,7 +57,7 @@ def test_training_methods_gain_at_this_scale(committed, plan):
 def test_a_run_repeats(committed, plan, row):
     "The same bits where machine and versions are the same, and nearly the same accuracy anywhere else."
     run = next(r for r in plan.runs if (r.row, r.seed) == (row, 0))
-    _, again = train_run(run.config, run.effective, run.seed, plan.data(run.config, run.seed))
+    _, again = train_run(run.config, run.effective, run.seed, plan.data(run))
     assert again['metrics']['top1'] == pytest.approx(committed[run.key]['metrics']['top1'], abs=4)
-    _, twice = train_run(run.config, run.effective, run.seed, plan.data(run.config, run.seed))
+    _, twice = train_run(run.config, run.effective, run.seed, plan.data(run))
     assert twice['weights_sha256'] == again['weights_sha256']

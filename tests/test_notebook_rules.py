@@ -70,8 +70,9 @@ PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, import
             'hub': {'huggingface_hub'},                     # imported when weights are asked for
             'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
             'videos': {'numpy', 'tensorflow_datasets', 'array_record', 'PIL', 'av'},    # av when a video is opened
-            'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'}}
-NO_JAX = ('evidence', 'records', 'report')      # evidence is read where there is no accelerator, and quickly
+            'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'},
+            'curves': PLOTS}
+NO_JAX = ('evidence', 'records', 'report', 'curves')      # evidence is read where there is no accelerator, and quickly
 
 
 def imported(source):
@@ -96,7 +97,7 @@ def may_use(room, other, rooms):
     if room is None: return True
     n, m = rooms[room], rooms[other]
     floor, below = n // 10, m // 10
-    if m >= n or (floor, below) in {(2, 1), (3, 2), (4, 4)}: return False
+    if m >= n or (floor, below) in {(2, 1), (3, 2)} or (floor, below) == (4, 4) and n < 48: return False  # 48 and 49 join rooms
     return room not in NO_JAX or below == 0 or other in NO_JAX
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from resnet_rs import paper
 from resnet_rs.claims import FURTHER_CLAIMS, paper_top1
-from resnet_rs.config import Config, check_trainable, ladder, scaled
+from resnet_rs.config import SCALES, Config, check_trainable, ladder, scaled
 from resnet_rs.effective import effective
 from resnet_rs.paper import CLAIMS, CONFIDENCE, origin, recipe, table, tables
 from resnet_rs.provenance import content_key
@@ -210,20 +210,34 @@ def test_fields_that_contradict_each_other_are_refused(changes):
 
 
 @pytest.mark.parametrize('number', range(8))
-def test_autoaugment_is_not_there_and_the_small_scales_do_without(number, tmp_path):
+def test_every_scale_keeps_the_augmentation_of_a_released_efficientnet(number, tmp_path):
     from resnet_rs.experiment import Experiment
     config = Config.paper(f'efficientnet_b{number}')
-    small = scaled(config, 'laptop')
-    assert small.augmentation is None and small.depth_factor == config.depth_factor and small.width == 0.25 * config.width
-    values = effective(small, 'laptop', 100)
-    assert (values.optimizer, values.rms_decay, values.schedule) == ('rmsprop', 0.9, 'exponential') and values.lr_decay_steps > 0
-    if number in (5, 7): return check_trainable(config)   # the paper takes their RandAugment checkpoints
-    for attempt in (lambda: check_trainable(config), lambda: scaled(config, 'paper'),
-                    lambda: effective(config, 'paper', 1_281_167),
-                    lambda: Experiment('try', {'b': config.replace(dataset='digits', image_size=32)}, scale='laptop', seeds=1,
-                                       results_dir=tmp_path)):
-        with pytest.raises(ValueError, match='cannot be trained yet: augmentation autoaugment') as error: attempt()
+    learned = number not in (5, 7)   # the paper takes the RandAugment checkpoints of these two
+    assert (config.augmentation, config.randaug_prob) == (('autoaugment', 0) if learned else (None, 1))
+    released = effective(config, 'paper', 1_281_167)
+    assert (released.translate_px, released.cutout_px) == ((250, 100) if learned else (100, 40))
+    for scale in ('smoke', 'laptop', 'gpu'):
+        small = scaled(config, scale)
+        assert small.augmentation == config.augmentation and small.depth_factor == config.depth_factor
+        assert small.width == SCALES[scale].settings['width'] * config.width
+        values = effective(small, scale, 100)
+        assert (values.translate_px, values.cutout_px) == (released.translate_px / 8, released.cutout_px / 8), '32 of 256 pixels'
+        assert (values.optimizer, values.rms_decay, values.schedule) == ('rmsprop', 0.9, 'exponential')
+        assert values.lr_decay_steps > 0
+    other = config.replace(dataset='digits', image_size=32, dialect='timm')
+    for attempt in (lambda: check_trainable(other), lambda: scaled(other, 'laptop'), lambda: effective(other, 'paper', 1_281_167),
+                    lambda: Experiment('try', {'b': other}, scale='laptop', seeds=1, results_dir=tmp_path)):
+        with pytest.raises(ValueError, match='cannot be trained yet: the (Auto|Rand)Augment of dialect timm') as error: attempt()
         assert '\n' not in str(error.value)
+
+
+def test_an_image_gets_one_augmentation():
+    config = Config.paper('efficientnet_b0')
+    told = "randaug_prob = 1.0 does not go with augmentation = 'autoaugment', which takes the place of RandAugment"
+    for wrong in (lambda: config.replace(randaug_prob=1), lambda: Config(randaug_prob=1, augmentation='autoaugment')):
+        with pytest.raises(ValueError, match=told): wrong()
+    assert config.replace(randaug_prob=1, augmentation=None).randaug_prob == 1
 
 
 def test_fields_of_efficientnet_leave_the_keys_alone():

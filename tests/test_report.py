@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from resnet_rs.curves import curves_figure
 from resnet_rs.evidence import check_records, effect, holm, interval, top1_by_seed, verdict
 from resnet_rs.paper import CLAIMS, Contrast, table1, table1_top1
-from resnet_rs.report import (PAPER, claim_verdicts, curves_figure, ladder_figure, ladder_table, ours_label, style,
-                              verdict_words)
+from resnet_rs.report import PAPER, claim_verdicts, ladder_figure, ladder_table, ours_label, style, verdict_words
 
 ROWS = [r.row for r in table1()]
 

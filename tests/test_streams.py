@@ -15,7 +15,7 @@ from PIL import Image
 from resnet_rs import streams
 from resnet_rs.datasets import Example
 from resnet_rs.images import _make_arrays, batches
-from resnet_rs.runs import _subset
+from resnet_rs.run_data import _subset
 from resnet_rs.streams import BadData, BadRecords, eval_stream, train_stream
 
 

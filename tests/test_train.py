@@ -51,7 +51,7 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path):
             (dict(model='resnet_rs_51'), "model = 'resnet_rs_51' is not one of resnet_rs_50, .*did you mean 'resnet_rs_50'"),
             (dict(model='resnet_rs_152'), 'resnet_rs_152 was released at 192, 224, 256 pixels: say which image_size'),
             (dict(model='resnet_rs_152', image_size=288), r'unknown image_size of resnet_rs_152 288.* Choices: 192, 224, 256'),
-            (dict(model='efficientnet_b0', scale='paper'), 'this configuration cannot be trained yet: augmentation autoaugment'),
+            (dict(model='efficientnet_b0', scale='paper'), 'imagenet2012 is not prepared in data_dir'),
             (dict(weights=str(tmp_path / 'nowhere')), 'nowhere holds no checkpoint of a trained network'),
             (dict(dataset='digit'), r"unknown image set 'digit'; did you mean 'digits'\?"),
             (dict(scale='paper'), 'imagenet2012 is not prepared in data_dir'),

@@ -23,7 +23,8 @@ from resnet_rs.config import SCALES, ladder, scaled
 from resnet_rs.effective import effective
 from resnet_rs.experiment import use_compilation_cache
 from resnet_rs.images import load, subset
-from resnet_rs.runs import Data, train_run
+from resnet_rs.run_data import Data
+from resnet_rs.runs import train_run
 from resnet_rs.training import Diverged
 
 FIRST_SEED = 1000  # tables count seeds from 0
