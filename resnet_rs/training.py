@@ -65,7 +65,7 @@ class Fitted:
 # %% ../nbs/34_training.ipynb #cell-07
 def save_checkpoint(checkpoints: Checkpoints, fitted: Fitted) -> bool:
     "Save all that `fit` needs to go on from there; whether that was possible."
-    arrays = named(fitted.state) | {'losses': fitted.losses}
+    arrays = named(fitted.state) | ({'losses': fitted.losses} if len(fitted.losses) else {})  # orbax keeps nothing that is empty
     notes = dict(evaluations=fitted.evaluations, seconds=fitted.seconds, resumed=fitted.resumed)
     return checkpoints.save(int(fitted.state.step), arrays, notes)
 

@@ -71,8 +71,8 @@ PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, import
             'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
             'videos': {'numpy', 'tensorflow_datasets', 'array_record', 'PIL', 'av'},    # av when a video is opened
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'},
-            'curves': PLOTS}
-NO_JAX = ('evidence', 'records', 'report', 'curves')      # evidence is read where there is no accelerator, and quickly
+            'curves': PLOTS, 'norm_report': PLOTS | {'scipy'}}
+NO_JAX = ('evidence', 'records', 'report', 'curves', 'norm_report')      # evidence is read where there is no accelerator, and quickly
 
 
 def imported(source):

@@ -206,6 +206,7 @@ def papermill(folder, *args):
                           timeout=500)
 
 
+@pytest.mark.slow
 def test_the_notebook_at_the_smallest_scale(tmp_path):
     done = papermill(tmp_path, '-p', 'scale', 'smoke', '-p', 'seeds', '1', '--log-output')
     assert done.returncode == 0, done.stdout[-3000:]

@@ -261,7 +261,7 @@ def averaged_row():
     return config, task, Data(made_up(30, seed=0), made_up(13, seed=1))
 
 
-@pytest.mark.parametrize('at', [1, 4])
+@pytest.mark.parametrize('at', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, at):
     config, task, data = averaged_row()
     values = effective(config, 'smoke', 30)
@@ -339,6 +339,7 @@ def papermill(*args):
                           text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_leaves_sound_records_and_says_what_it_saw(tmp_path):
     folder, out = tmp_path / 'results', tmp_path / 'out.ipynb'
     done = papermill(out, '-p', 'scale', 'smoke', '-p', 'seeds', 1, '-p', 'results_dir', folder)
