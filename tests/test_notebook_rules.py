@@ -72,7 +72,8 @@ PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, import
             'videos': {'numpy', 'tensorflow_datasets', 'array_record', 'PIL', 'av'},    # av when a video is opened
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'},
             'curves': PLOTS, 'norm_report': PLOTS | {'scipy'}}
-NO_JAX = ('evidence', 'records', 'report', 'curves', 'norm_report')      # evidence is read where there is no accelerator, and quickly
+# evidence is read where there is no accelerator, and quickly
+NO_JAX = ('evidence', 'records', 'report', 'curves', 'norm_report')
 
 
 def imported(source):
