@@ -21,6 +21,12 @@ def double():
     jax.clear_caches()
 
 
+def networks(*origins):
+    "The goldens of somebody's networks: the others of this folder hold training steps, images or weights."
+    paths = sorted(path for origin in origins for path in GOLDENS.glob(f'{origin}_*.npz'))
+    return [path.stem for path in paths if 'logits_f64' in np.load(path).files]
+
+
 def golden(name):
     "What the other code gave, and from which weights and images."
     path = GOLDENS / f'{name}.npz'

@@ -134,7 +134,7 @@ def test_two_hosts_train_as_one(one_device, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_host_that_dies_ends_the_other_and_the_run_goes_on(victim, tmp_path):
-    long = dict(config=GHOSTS | dict(epochs=20_000), checkpoint_seconds=0)
+    long = dict(config=GHOSTS | dict(epochs=10_000), checkpoint_seconds=0)
     processes = two_hosts(tmp_path, **long)
     checkpoints, end = tmp_path / 'checkpoints', time.monotonic() + 200
     while not list(checkpoints.glob('*/*/sizes.json')) and time.monotonic() < end: time.sleep(0.2)

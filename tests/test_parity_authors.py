@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens import checkpoints, recipe
-from parity import GOLDENS, blank, compare, double, golden, run  # noqa: F401 (double is a fixture)
+from parity import GOLDENS, blank, compare, double, golden, networks, run  # noqa: F401 (double is a fixture)
 
 from resnet_rs.blocks import ACTIVATIONS
 from resnet_rs.registry import create_model
 from resnet_rs.resnet3d import VIDEO_VARIANTS
 from resnet_rs.weights import load_garden, load_tf1
 
-EVERY = sorted(p.stem for kind in ('garden', 'tf1') for p in GOLDENS.glob(f'{kind}_*_*[0-9].npz'))
+EVERY = networks('garden', 'tf1')
 FAST = ('garden_resnet_rs_50_swish_128', 'tf1_resnet_rs_50_128', 'tf1_resnet_50_75')
 #: part of a golden's name -> what our network of that name needs to be told
 OPTIONS = {'_relu': dict(activation='relu'), 'garden_resnet_50_': dict(activation='relu'), '_half': dict(width=0.5),

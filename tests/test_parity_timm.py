@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from goldens import recipe
-from parity import GOLDENS, blank, compare, double, golden, run  # noqa: F401 (double is a fixture)
+from parity import GOLDENS, blank, compare, double, golden, networks, run  # noqa: F401 (double is a fixture)
 
 from resnet_rs.registry import create_model
 from resnet_rs.regularizers import smoothed_cross_entropy
 from resnet_rs.weights import load_timm
 
 FAST = ('resnetrs50_128', 'resnetrs50_75', 'resnetrs101_96', 'resnet50_75')
-EVERY = sorted(path.stem.removeprefix('timm_') for path in GOLDENS.glob('timm_*_*.npz'))
+EVERY = [name.removeprefix('timm_') for name in networks('timm')]
 OPTIONS = {'resnet50d': dict(stem='deep', shortcut='avg')}  # where no name of ours says it
 
 
