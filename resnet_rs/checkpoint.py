@@ -98,7 +98,11 @@ def _manager(folder, keep):
     if str(folder).startswith('s3:'): raise OSError('orbax keeps checkpoints on disks and in gs:// only')
     import orbax.checkpoint as ocp
     _without_echo()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})  # orbax would wait for all hosts
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True,
+                                           create=False, multiprocessing_options=alone)
     return ocp.CheckpointManager(folder, options=options)
 
 # %% ../nbs/32_checkpoint.ipynb #cell-11

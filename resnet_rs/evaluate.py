@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .parallel import together
+
 # %% ../nbs/33_evaluate.ipynb #cell-06
 @jax.jit
 def _tally(logits, labels, mask):
@@ -38,7 +40,7 @@ def _merge(a, b):
 # %% ../nbs/33_evaluate.ipynb #cell-10
 def _count(predict, several, batches):
     "One pass over `batches`; -> for each set of variables the sums (None if there was no batch). No host synchronisation."
-    totals = [None] * len(several)
+    totals, predict, tally, merge = [None] * len(several), *map(together, (predict, _tally, _merge))
     for images, labels, mask in batches() if callable(batches) else batches:
         labels = jnp.asarray(labels)
         mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
@@ -49,8 +51,8 @@ def _count(predict, several, batches):
                                  f'got {logits.shape}, {labels.shape} and {mask.shape}')
             if not jnp.issubdtype(labels.dtype, jnp.integer):
                 raise ValueError(f'labels must be integers, got {labels.dtype}')
-            sums = _tally(logits, labels, mask)
-            totals[i] = sums if totals[i] is None else _merge(totals[i], sums)
+            sums = tally(logits, labels, mask)
+            totals[i] = sums if totals[i] is None else merge(totals[i], sums)
     return totals
 
 def _report(sums):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from .checkpoint import Checkpoint, Checkpoints, CheckpointWarning, Stopped, digest, fill, named
 from .config import check_averaging
-from .parallel import any_host, first_host, from_first_host, host_shard, prefetch, replicate, shard_batch
+from .parallel import any_host, first_host, from_first_host, host_shard, prefetch, replicate, shard_batch, together
 from .regularizers import weight_norm
 from .steps import (Hyper, Network, State, compiled_augment, compiled_parts, compiled_step, cross_entropy, initial_state,
                              learning_rate, split)
@@ -109,13 +109,13 @@ def _one_step(network, loss, dialect, optimizer, augment, mesh, parts):
         return [(*shard_batch(mesh, piece), shard_batch(mesh, f.astype(np.int32))) for piece, f in zip(pieces, first)]
 
     if parts == 1:
-        whole = compiled_step(network, loss, dialect, optimizer, mesh)
+        whole = together(compiled_step(network, loss, dialect, optimizer, mesh))
 
         def step(state, placed, hyper, key, number):
             images, labels, first = placed[0]
             return whole(state, prepare(images, hyper, key, number, *[first] * bool(mesh)), labels, hyper, key)
         return place, step
-    begin, add, finish = compiled_parts(network, loss, dialect, optimizer, mesh)
+    begin, add, finish = map(together, compiled_parts(network, loss, dialect, optimizer, mesh))
 
     def step(state, placed, hyper, key, number):
         sums = begin(state)

@@ -22,7 +22,7 @@ experiment = Experiment('engine', {'all': config}, scale='smoke', seeds=asked.ge
 print('planned', experiment.runs[0].effective.steps, flush=True)
 run(experiment)
 """
-GHOSTS = dict(batch_size=32, bn_group_size=4, train_examples=80, base_lr=0.01)   # four images for each of eight devices; calm
+GHOSTS = dict(depth=14, batch_size=32, bn_group_size=4, train_examples=80, base_lr=0.01)   # four images for each of eight devices; calm
 
 
 def start(devices, results_dir, hosts='', **asked):
@@ -131,12 +131,36 @@ def test_two_hosts_train_as_one(one_device, tmp_path):
     assert 'top-1' in ends[0][0] and 'top-1' not in ends[1][0], 'the first host speaks for all'
 
 
+KEEP = """
+import sys
+import jax, numpy as np
+from resnet_rs.checkpoint import Checkpoints
+from resnet_rs.parallel import any_host, first_host, lost_hosts, start
+start()
+jax.devices()   # the runtimes of all hosts begin together
+with lost_hosts():
+    if first_host(): assert Checkpoints(sys.argv[1]).save(3, dict(weights=np.arange(4.0)), dict(seconds=1.5))
+    any_host(False)   # until it is there
+    found = Checkpoints(sys.argv[1]).restore()
+    print('RESULT', found.step, found.arrays['weights'].tolist(), found.notes, flush=True)
+"""
+
+
+def test_one_of_two_hosts_keeps_a_checkpoint_that_both_can_read(tmp_path):
+    env = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    processes = [subprocess.Popen([sys.executable, '-c', KEEP, str(tmp_path)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env=env | {'RESNET_RS_HOSTS': f'127.0.0.1:{port},2,{i}'}) for i in range(2)]
+    for out, errors in [process.communicate(timeout=100) for process in processes]:
+        assert "RESULT 3 [0.0, 1.0, 2.0, 3.0] {'seconds': 1.5}" in out, errors[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_host_that_dies_ends_the_other_and_the_run_goes_on(victim, tmp_path):
     long = dict(config=GHOSTS | dict(epochs=10_000), checkpoint_seconds=0)
     processes = two_hosts(tmp_path, **long)
-    checkpoints, end = tmp_path / 'checkpoints', time.monotonic() + 200
+    checkpoints, end = tmp_path / 'checkpoints', time.monotonic() + 500
     while not list(checkpoints.glob('*/*/sizes.json')) and time.monotonic() < end: time.sleep(0.2)
     assert list(checkpoints.glob('*/*/sizes.json')), 'no checkpoint was made'
     processes[victim].kill()
