@@ -84,7 +84,8 @@ def check_records(records: Iterable[Mapping], rows: Iterable[str], varies: Itera
         if record.get('seed') is None or not 0 <= (final_top1(record) or 0) <= 100:
             raise ValueError(f"record {record.get('key')!r} needs a seed and a top-1 in percent, "
                              f"not {record.get('seed')!r} and {final_top1(record)!r}")
-        config = {k: json.dumps(v, sort_keys=True) for k, v in (record.get('config') or {}).items() if k != 'seed'}
+        given = {k: v for k, v in (record.get('config') or {}).items() if k != 'seed' and v is not None}
+        config = {k: json.dumps(v, sort_keys=True) for k, v in given.items()}
         first = configs.setdefault(row, config)
         differ = [f'{k} ({first.get(k)} and {config.get(k)})' for k in sorted(first | config) if first.get(k) != config.get(k)]
         if differ:

@@ -78,8 +78,8 @@ class Experiment(_State):
     """Rows x seeds at one scale, with records in `results_dir`: a folder, also a mounted one, or a bucket (gs://...).
 
     `scale`, `seeds`, `tasks`, `data_dir`, `initial`: see `Grid`; of a row that others come after the weights are kept, if one of
-    those is to be made. `keep_weights`: the networks of all finished runs are kept, in `weights/`. `checkpoint_seconds`: least time between
-    checkpoints. On several hosts each makes the same experiment, and all see the same `results_dir`.
+    those is to be made. `keep_weights`: the networks of all finished runs are kept, in `weights/`. `checkpoint_seconds`: least
+    time between checkpoints. On several hosts each makes the same experiment, and all see the same `results_dir`.
     Before any training: ValueError for an unknown data set or value, RecordsError for a folder that cannot be written."""
     def pending(self) -> list[Run]:
         "The runs that are not finished, as the first host sees it."

@@ -133,8 +133,8 @@ def prefetch(
 
 # %% ../nbs/31_parallel.ipynb #cell-22
 def together(program: Callable) -> Callable:
-    """The jitted `program`, as it is on one host. On many its first call waits, before it begins, until all have compiled it:
-    no host may stand in a sum over hosts for longer than the transport waits. All hosts must make that call, in the same order."""
+    """The jitted `program`, as it is on one host. On many its first call waits until all have compiled it: no host may stand in a
+    sum over hosts for longer than the transport waits. All hosts must make that call, and their calls in the same order."""
     if jax.process_count() == 1: return program
     met = []
 

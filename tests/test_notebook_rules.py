@@ -71,9 +71,12 @@ PACKAGES = {'papermill': {'papermill', 'psutil'},       # its base class, import
             'storage': {'etils', 'fsspec'},                 # imported when a bucket is named
             'videos': {'numpy', 'tensorflow_datasets', 'array_record', 'PIL', 'av'},    # av when a video is opened
             'evidence': {'numpy', 'pandas', 'scipy'}, 'records': {'numpy', 'pandas'}, 'report': PLOTS | {'scipy'},
-            'curves': PLOTS, 'norm_report': PLOTS | {'scipy'}}
+            'curves': PLOTS, 'power_laws': {'numpy', 'scipy'}, 'committed': {'numpy'}, 'entries': {'pandas'},
+            'transfer_report': {'pandas'}, 'scoreboard': PLOTS | {'scipy', 'PIL'}} | dict.fromkeys(
+                ('norm_report', 'scaling_points', 'scaling_report', 'equal_accuracy', 'pareto_report'), PLOTS | {'scipy'})
 # evidence is read where there is no accelerator, and quickly
-NO_JAX = ('evidence', 'records', 'report', 'curves', 'norm_report')
+NO_JAX = ('power_laws', 'evidence', 'records', 'report', 'curves', 'committed', 'norm_report', 'scaling_points', 'scaling_report',
+          'equal_accuracy', 'transfer_report', 'pareto_report', 'entries', 'scoreboard')
 
 
 def imported(source):

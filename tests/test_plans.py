@@ -29,7 +29,7 @@ def records(): return read_plans(TABLE)
 
 # --- the committed table ---------------------------------------------------------------------------------------------------
 
-MISSING = 44  # plans that nobody has had the hours to compile; lower it with every line that is committed, to 0
+MISSING = 34  # plans that nobody has had the hours to compile; lower it with every line that is committed, to 0
 
 
 def test_plans_of_the_paper_have_a_record_or_a_reason(records):
@@ -59,12 +59,12 @@ def test_records_are_sound(records):
 
 
 def test_records_are_of_these_networks(records):
-    "The compiler's FLOPs are those of Table 7, three times in training."
+    "The compiler's FLOPs are those of Table 7, three times in training, four where much is run twice to save memory."
     flops = {(row.model, row.image_size): row.flops_B * 1e9 for row in table('table7')}
     for plan, record in records.items():
         if (plan.model, plan.image_size) not in flops or record.cost is None: continue
         times = record.cost.flops / plan.images / flops[plan.model, plan.image_size]
-        low, high = (2.7, 3.9) if plan.kind == 'train' else (0.9, 1.3)
+        low, high = (2.7, 3.9 + (record.remade > 100)) if plan.kind == 'train' else (0.9, 1.3)
         assert low < times < high, f'{plan}: {times:.2f} times the FLOPs of Table 7'
 
 

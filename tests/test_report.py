@@ -131,6 +131,12 @@ def test_mixtures_and_bad_records_are_refused_by_every_door(changes, message):
             door(records)
 
 
+def test_a_setting_that_came_later_and_is_not_used_is_no_difference():
+    old, new = record('baseline', 0, 40.), record('baseline', 1, 41.)
+    new['config'] = old['config'] | dict(accumulate=None)
+    assert check_records([old, new], ROWS) == [old, new]
+
+
 def test_seeds_alike_to_the_last_digit_are_no_evidence():
     records = [record(row, seed, 40. + i) for i, row in enumerate(ROWS) for seed in range(4)]
     mine = ours(ladder_table(records), records)
