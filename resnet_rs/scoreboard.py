@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
-from IPython.display import Image
 from matplotlib.figure import Figure
 
 from .config import SCALES
@@ -126,11 +125,11 @@ def verdict_figure(folder, scale: str) -> Figure:
     return figure
 
 # %% ../nbs/58_scoreboard.ipynb #cell-17
-def picture(figure: Figure, dpi: int = 64) -> Image:
-    "A figure as a PNG of 64 colours to display, a quarter of the size of one of all."
+def picture(figure: Figure, dpi: int = 64) -> bytes:
+    "A figure as a PNG of 64 colours, a quarter of the size of one of all."
     figure.savefig(whole := BytesIO(), dpi=dpi, format='png')
     PIL.Image.open(whole).convert('RGB').quantize(64).save(small := BytesIO(), 'PNG', optimize=True)
-    return Image(small.getvalue())
+    return small.getvalue()
 
 # %% ../nbs/58_scoreboard.ipynb #cell-20
 _HOURS = 'paper: hours, compiled, not run'

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
 HEAVY = (   # long to compile; what they show is tested elsewhere, too
     '11_blocks', '12_resnet', '13_efficientnet', '14_resnet3d', '15_scaling_rules', '16_weights', '17_registry',
-    '26_rendered_clips', '33_steps', '34_training', '35_profile', '37_costs', '41_finetune', '42_contrastive', '49_clip_runs',
-    '49_joint_training', '49_pretraining')
+    '20_image_ops', '21_randaugment', '26_rendered_clips', '33_steps', '34_training', '35_profile', '37_costs', '41_finetune',
+    '42_contrastive', '48_runs', '49_clip_runs', '49_joint_training', '49_pretraining')
 SLOW_CELLS = [n for n in NOTEBOOKS if '#| slow' in n.read_text('utf-8')]
 
 

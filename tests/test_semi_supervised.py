@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planned import refused
 
 from resnet_rs.config import ladder, scaled
 from resnet_rs.datasets import limit_labels
@@ -224,14 +225,11 @@ def test_the_notebook(tmp_path):
     assert 'image/png' in out.read_text() and '<table' in out.read_text()
 
 
-@pytest.mark.parametrize('args, says', [
-    ('-p labels_a_class 0 -p labelled_share 1.0 -p rows labeled -p treshold 0.5',
+@pytest.mark.parametrize('wrong, says', [
+    (dict(labels_a_class=0, labelled_share=1.0, rows='labeled', treshold=0.5),
      ['labels_a_class = 0 is out of range', 'labelled_share = 1.0 is out of range', "did you mean 'labelled'?",
       "did you mean 'threshold'?"]),
-    ('-p labels_a_class 4', ['no label is left to hold back']),
-    ('-p rows joint', ["row that joint comes after 'labelled'"])], ids=['parameters', 'labels', 'rows'])
-def test_wrong_input_stops_before_training(args, says, tmp_path):
-    done = papermill(tmp_path / 'out.ipynb', *args.split(), '-p', 'results_dir', tmp_path / 'results')
-    assert done.returncode != 0 and 'ParameterError' in done.stdout
-    for line in says: assert line in done.stdout, done.stdout[-2500:]
-    assert 'runs to do' not in done.stdout and not list(tmp_path.glob('results/*.json'))
+    (dict(labels_a_class=4), ['no label is left to hold back']),
+    (dict(rows='joint'), ["row that joint comes after 'labelled'"])], ids=['parameters', 'labels', 'rows'])
+def test_wrong_input_stops_before_training(wrong, says, tmp_path):
+    refused('semi_supervised', says, tmp_path / 'results', scale='smoke', **wrong)

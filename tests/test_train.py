@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from planned import code_cells, planned
 
 from resnet_rs.papermill import ParameterError
 
 ROOT = Path(__file__).resolve().parent.parent
-CELLS = [cell for cell in json.loads((ROOT / 'nbs/train.ipynb').read_text())['cells'] if cell['cell_type'] == 'code']
-TAGGED = next(i for i, cell in enumerate(CELLS) if 'parameters' in cell['metadata'].get('tags', []))
+CELLS, _ = code_cells('train')
 
 
 def papermill(folder, name, **parameters):
@@ -35,15 +35,6 @@ def command(arguments):
 def records(folder): return [json.loads(path.read_text()) for path in sorted((folder / 'results').glob('*.json'))]
 
 
-def planned(**parameters):
-    "The notebook up to its plan, in this process, with `parameters` injected as papermill does it; its names."
-    names = {'__name__': '__main__'}
-    for i, cell in enumerate(CELLS[:TAGGED + 2]):
-        exec(''.join(cell['source']), names)
-        if i == TAGGED: names |= parameters    # the same dictionary
-    return names
-
-
 def test_wrong_input_is_one_line_before_any_training(tmp_path):
     "In this process: what the guard and the experiment refuse, and in which words."
     here = dict(scale='smoke', results_dir=str(tmp_path / 'results'))
@@ -57,13 +48,14 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path):
             (dict(scale='paper'), 'imagenet2012 is not prepared in data_dir'),
             (dict(epochs=0), r'epochs = 0\.0 is out of range'), (dict(base_lr='fast'), "base_lr = 'fast' is not a number"),
             (dict(weight_decy=1e-5), "unknown parameter 'weight_decy'; did you mean 'weight_decay'")]:
-        with pytest.raises(ParameterError, match=says) as caught: planned(**here | wrong)
+        with pytest.raises(ParameterError, match=says) as caught: planned('train', **here | wrong)
         assert len(caught.value._render_traceback_()) == 1 and '\n' not in str(caught.value), wrong
     assert not list((tmp_path / 'results').glob('*.json'))
 
 
 def test_the_configuration_is_the_released_one_carried_to_the_scale(tmp_path):
-    names = planned(scale='smoke', image_size=None, epochs=10, weight_decay='1e-5', base_lr=0.2, results_dir=str(tmp_path))
+    given = dict(scale='smoke', image_size=None, epochs=10, weight_decay='1e-5', base_lr=0.2, results_dir=str(tmp_path))
+    names = planned('train', **given)
     released, config, run = names['released'], names['config'], names['experiment'].runs[0]
     assert config.depth == released.depth == 50 and run.row == 'resnet_rs_50@160'
     assert (config.epochs, config.weight_decay, config.base_lr, config.precision) == (10, 1e-5, 0.2, 'float32')
