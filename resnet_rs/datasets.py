@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Example', 'Source', 'ArraySource', 'FolderSource', 'TfdsSource', 'how_to_prepare', 'prepared_folder', 'image_set',
-           'open_source', 'Subset', 'limit_labels']
+           'open_source', 'Subset']
 
 # %% ../nbs/23_datasets.ipynb #cell-02
 import contextlib
@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from .array_files import read_array_file
 from .config import check_choice
-from .digits import prepare_digits, rank_in_class
+from .deferred import deferred
 from .image_sets import DATASETS, ImageSet, data_folder, read_folder, some_classes
 from .small_sets import SMALL_SETS
 from .storage import as_path, file_names, is_bucket, read_whole, write_whole
+
+_tfds = deferred('tensorflow_datasets', 'To open a set that TFDS has prepared')
 
 # %% ../nbs/23_datasets.ipynb #cell-05
 class Example(NamedTuple):
@@ -103,12 +105,12 @@ class TfdsSource:
         self.fingerprint = _fingerprint(self._builder.info.full_name, self._expression, files)
 
     @cached_property
-    def _builder(self) -> tfds.core.DatasetBuilder: return tfds.builder_from_directory(self._folder)
+    def _builder(self) -> '_tfds.core.DatasetBuilder': return _tfds.builder_from_directory(self._folder)
 
     @cached_property
     def _records(self) -> Sequence[dict]:
-        pictures = [name for name, kind in self._builder.info.features.items() if isinstance(kind, tfds.features.Image)]
-        return self._builder.as_data_source(self._expression, decoders=dict.fromkeys(pictures, tfds.decode.SkipDecoding()))
+        pictures = [name for name, kind in self._builder.info.features.items() if isinstance(kind, _tfds.features.Image)]
+        return self._builder.as_data_source(self._expression, decoders=dict.fromkeys(pictures, _tfds.decode.SkipDecoding()))
 
     def __getstate__(self) -> dict: return {k: v for k, v in vars(self).items() if k not in ('_builder', '_records')}
     def __len__(self) -> int: return self._length
@@ -128,7 +130,7 @@ class TfdsSource:
         return _known(_kept_labels(self, as_path(self._folder) / f'.labels-{self.fingerprint}.npy'), self)
 
 # %% ../nbs/23_datasets.ipynb #cell-12
-def _resolved(info: ImageSet, split: str, known: Mapping[str, tfds.core.SplitInfo]) -> tuple[str, int]:
+def _resolved(info: ImageSet, split: str, known: Mapping[str, '_tfds.core.SplitInfo']) -> tuple[str, int]:
     "TFDS's expression for a split, and how many pictures it has."
     ways = {**{name: name for name in known}, **info.tfds_splits}
     expression = '+'.join(way if '[' in way else ways[check_choice(f'split of {info.name}', way, ways)]
@@ -170,8 +172,8 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None = None) -> Pat
     found = [v for v in file_names(root / name, '*.*.*') if file_names(root / name / v, 'dataset_info.json')]
     if not found: return None
     newest = root / name / max(found, key=lambda v: tuple(int(n) if n.isdigit() else -1 for n in v.split('.')))
-    kind = tfds.builder_from_directory(newest).info.file_format
-    if kind != tfds.core.FileFormat.ARRAY_RECORD:
+    kind = _tfds.builder_from_directory(newest).info.file_format
+    if kind != _tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(f'{name} in data_dir {str(root)!r} is stored as {kind.value}, which only TensorFlow reads. '
                          f'Use another data_dir, and: {how_to_prepare(name, root)}')
     if is_bucket(newest) and not str(newest).startswith('gs:'):
@@ -187,38 +189,40 @@ _SOME = re.compile(r'.+:\d[\d+-]*')  # some classes of a set
 
 
 def image_set(name: str, data_dir: str | os.PathLike | None = None) -> ImageSet:
-    """What is known about a set: a name in DATASETS, 'folder:PATH', the name of a TFDS set that is prepared or can be, or some
-    classes of any of them: 'digits:0-4', 'cifar10:0+3-5'.
+    """What is known about a set: a name in DATASETS, 'folder:PATH', 'npz:FILE', a TFDS set that is prepared or can be, or
+    some classes of any of them: 'digits:0-4', 'cifar10:0+3-5'.
 
     ValueError: no such set, or not one picture and one class an example. TFDS asks its own server about a set not prepared."""
     if name in DATASETS: return DATASETS[name]
     if _SOME.fullmatch(name): return _part(name, data_dir)
     if name.startswith('folder:'): return read_folder(name.removeprefix('folder:')).info
+    if name.startswith('npz:'): return read_array_file(name.removeprefix('npz:')).info
     if re.fullmatch(r'\w+(/[\w.+-]+)?', name):
-        if folder := prepared_folder(name, data_dir): return _described(name, tfds.builder_from_directory(folder).info)
-        with contextlib.suppress(tfds.core.DatasetNotFoundError): return _unprepared(name, data_dir)
-    try: check_choice('image set', name, [*DATASETS, 'folder:PATH', 'or a name that TFDS knows'])
+        folder = prepared_folder(name, data_dir)
+        if folder: return _described(name, _tfds.builder_from_directory(folder).info)
+        with contextlib.suppress(_tfds.core.DatasetNotFoundError): return _unprepared(name, data_dir)
+    try: check_choice('image set', name, [*DATASETS, 'folder:PATH', 'npz:FILE', 'or a name that TFDS knows'])
     except ValueError as error: raise ValueError(f'{error} or has prepared in {data_folder(data_dir)}') from None
 
 # %% ../nbs/23_datasets.ipynb #cell-18
 def _unprepared(name: str, data_dir: str | os.PathLike | None) -> ImageSet:
     "What TFDS itself knows; of 'eurosat', which it prepares as eurosat/rgb, in a folder of that name."
     try:
-        with contextlib.redirect_stdout(io.StringIO()): builder = tfds.builder(name)
+        with contextlib.redirect_stdout(io.StringIO()): builder = _tfds.builder(name)
         info = builder.info
-    except tfds.core.DatasetNotFoundError: raise  # a ValueError, too
+    except _tfds.core.DatasetNotFoundError: raise  # a ValueError, too
     except ImportError: raise ValueError(f'{name}: TFDS needs TensorFlow even to describe it') from None
     except (ValueError, AssertionError) as error: raise ValueError(f'{name}: {" ".join(str(error).split())[:200]}') from None
     full = info.full_name.rpartition('/')[0]
-    if full != name and (folder := prepared_folder(full, data_dir)): info = tfds.builder_from_directory(folder).info
+    if full != name and (folder := prepared_folder(full, data_dir)): info = _tfds.builder_from_directory(folder).info
     by_hand = ' '.join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or '').split())
     return replace(_described(name, info), tfds=full, manual_from=by_hand)
 
 
-def _described(name: str, info: tfds.core.DatasetInfo) -> ImageSet:
+def _described(name: str, info: '_tfds.core.DatasetInfo') -> ImageSet:
     "An ImageSet from what TFDS knows."
     pictures, labels = ([key for key, feature in info.features.items() if isinstance(feature, kind)]
-                        for kind in (tfds.features.Image, tfds.features.ClassLabel))
+                        for kind in (_tfds.features.Image, _tfds.features.ClassLabel))
     if info.supervised_keys and info.supervised_keys[0] in pictures and info.supervised_keys[1] in labels:
         pictures, labels = info.supervised_keys[:1], info.supervised_keys[1:2]
     if len(pictures) != 1 or len(labels) != 1:
@@ -245,8 +249,13 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike | None = None
     if name in SMALL_SETS: return ArraySource(*SMALL_SETS[name](split), DATASETS[name], split)
     info = image_set(name, data_dir)
     if _SOME.fullmatch(name): return _SomeClasses(open_source(name.rpartition(':')[0], split, data_dir), info)
-    folder = prepare_digits(data_dir) if name == 'digits' else prepared_folder(info.tfds, data_dir)
-    if folder: return TfdsSource(info, split, folder)
+    if name.startswith('npz:'):
+        known = read_array_file(name.removeprefix('npz:')).splits
+        return ArraySource(*known[check_choice(f'split of {info.name}', split, known)], info, split)
+    if name == 'digits':
+        from resnet_rs.digits import prepare_digits  # builds on a class of TFDS
+        return TfdsSource(info, split, prepare_digits(data_dir))
+    if folder := prepared_folder(info.tfds, data_dir): return TfdsSource(info, split, folder)
     raise ValueError(f'{name} is not prepared in data_dir {str(data_folder(data_dir))!r}. Say: {how_to_prepare(name, data_dir)}')
 
 # %% ../nbs/23_datasets.ipynb #cell-25
@@ -261,21 +270,6 @@ class Subset:
     def __len__(self) -> int: return len(self._indices)
     def __getitem__(self, index: int) -> Example: return self._source[int(self._indices[index])]
     def labels(self) -> np.ndarray: return self._source.labels()[self._indices]
-
-
-def limit_labels(labels: Source | Sequence[int], per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose `per_class` examples of every class to be labelled: (their indices, the indices of all others), both sorted.
-
-    By `seed`, and nested: a larger `per_class` adds examples. ValueError if a class has fewer."""
-    labels = np.asarray(labels.labels() if hasattr(labels, 'labels') else labels)
-    if isinstance(per_class, bool) or not isinstance(per_class, int | np.integer) or per_class < 1:
-        raise ValueError(f'per_class = {per_class!r} should be a whole number from 1')
-    classes, counts = np.unique(labels, return_counts=True)
-    if counts.min() < per_class:
-        raise ValueError(f'per_class = {per_class}, and class {classes[counts.argmin()]} has {counts.min()} examples')
-    order = np.random.default_rng((seed, 0, 2)).permutation(len(labels))
-    chosen = order[rank_in_class(labels[order]) < per_class]
-    return np.sort(chosen), np.setdiff1d(order, chosen)
 
 # %% ../nbs/23_datasets.ipynb #cell-27
 @lru_cache

@@ -11,10 +11,12 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from .config import check_choice
+from .deferred import deferred
+
+_simplejpeg = deferred('simplejpeg', 'To decode a JPEG file')
 
 # %% ../nbs/21_decoding.ipynb #cell-05
 #: height times width of the largest picture that is decoded
@@ -89,11 +91,11 @@ def _decode_jpeg(data, shrink, dct):
 
 def _turbo(data, colorspace='RGB', **how):
     "libjpeg-turbo, and a warning is an error; but for bytes between segments, which harm nothing."
-    try: return simplejpeg.decode_jpeg(data, colorspace, **how)
+    try: return _simplejpeg.decode_jpeg(data, colorspace, **how)
     except ValueError as error:
         complete = data.find(b'\xff\xd9', data.rfind(b'\xff\xda')) > 0   # an end after the last scan
         if 'extraneous bytes' not in str(error) or not complete: raise
-        return simplejpeg.decode_jpeg(data, colorspace, strict=False, **how)
+        return _simplejpeg.decode_jpeg(data, colorspace, strict=False, **how)
 
 # %% ../nbs/21_decoding.ipynb #cell-10
 def _decode_other(data, shrink):
@@ -140,7 +142,7 @@ def _top_rows(data, header, bottom, **how):
     if height < header.height and marker in (0xC0, 0xC1) and len(header.sampling) < 4 and b'\xff\xdd\x00\x04' not in data:
         shorter = data[:begin + 5] + height.to_bytes(2) + data[begin + 7:]
         rows = np.empty((height, header.width, 3), np.uint8)
-        try: simplejpeg.decode_jpeg(shorter, fastdct=True, buffer=rows, **how)
+        try: _simplejpeg.decode_jpeg(shorter, fastdct=True, buffer=rows, **how)
         except ValueError as error:   # all rows are there when it finds that there was more
             if 'extraneous bytes before marker 0xd9' in str(error): return rows
     return _turbo(data, fastdct=True, **how) if how else decode(data)

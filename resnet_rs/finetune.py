@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .digits import rank_in_class
+from .dealing import rank_in_class
 from .evaluate import evaluate
 from .image_sets import ImageSet
 from .images import normalise

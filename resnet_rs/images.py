@@ -20,7 +20,7 @@ from PIL import Image
 
 from .config import check_choice
 from .datasets import Example, image_set, open_source
-from .digits import rank_in_class
+from .dealing import rank_in_class
 from .image_sets import DATASETS, ImageSet
 from .preprocess import eval_preprocess
 

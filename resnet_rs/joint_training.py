@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from .config import Config
-from .datasets import limit_labels
+from .dealing import limit_labels
 from .image_sets import ImageSet
 from .images import Arrays
 from .pseudo_labels import PseudoLabels, labelled_rows, mixed_batches, one_hot, pseudo_labels

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from .config import DIALECTS, Config
 from .datasets import Source, Subset, open_source
-from .digits import rank_in_class
+from .dealing import rank_in_class
 from .image_sets import ImageSet
 from .images import Arrays, batches, eval_batches, load, subset
 from .parallel import data_mesh

@@ -17,12 +17,14 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import absl.flags
-import grain
 import numpy as np
 
 from .config import check_choice
 from .datasets import Source
+from .deferred import deferred
 from .preprocess import PROTOCOLS, BadImage, eval_preprocess, train_preprocess
+
+_grain = deferred('grain', 'To stream a set that does not fit into memory')
 
 # %% ../nbs/24_streams.ipynb #cell-07
 class BadData(ValueError):
@@ -194,16 +196,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _pipeline(job: _Job, start: int, stop: int, workers: int) -> grain.IterDataset:
+def _pipeline(job: _Job, start: int, stop: int, workers: int) -> '_grain.IterDataset':
     "Grain's dataset of the batches `start` .. `stop` - 1, about two of them made ahead."
     cores = _cores()
     threads = max(1, min(16, cores // max(workers, 1)))
     ahead = max(threads, -(-2 * job.chunks // max(workers, 1)))
-    chunks = grain.MapDataset.range(start * job.chunks, stop * job.chunks).map(partial(_chunk, job))
-    made = chunks.to_iter_dataset(grain.ReadOptions(threads, ahead if not workers else threads))
+    chunks = _grain.MapDataset.range(start * job.chunks, stop * job.chunks).map(partial(_chunk, job))
+    made = chunks.to_iter_dataset(_grain.ReadOptions(threads, ahead if not workers else threads))
     if workers:
         if not absl.flags.FLAGS.is_parsed(): absl.flags.FLAGS.mark_as_parsed()  # Grain looks at them, absl.app does not run
-        made = made.mp_prefetch(grain.MultiprocessingOptions(workers, ahead), _settle)
+        made = made.mp_prefetch(_grain.MultiprocessingOptions(workers, ahead), _settle)
     return made.batch(job.chunks, drop_remainder=True, batch_fn=_joined)
 
 

@@ -19,8 +19,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from resnet_rs import datasets, digits, preparing
-from resnet_rs.datasets import FolderSource, Subset, TfdsSource, image_set, limit_labels, open_source
+from resnet_rs import datasets, digits, preparing, run_data
+from resnet_rs.config import Config, scaled
+from resnet_rs.datasets import FolderSource, Subset, TfdsSource, image_set, open_source
+from resnet_rs.dealing import limit_labels
 from resnet_rs.digits import digit_splits, prepare_digits
 from resnet_rs.image_sets import DATASETS, read_folder
 from resnet_rs.images import load
@@ -425,6 +427,57 @@ def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
     def refused(path, *_, **__): raise PermissionError(13, 'Permission denied', os.fspath(path))
     monkeypatch.setattr(os, 'scandir', refused)
     with pytest.raises(ValueError, match='cannot be read: Permission denied'): read_folder(root)
+
+
+# --- files of arrays -------------------------------------------------------------------------------------------------------
+
+def arrays(n=40, size=8, **changes):
+    "What a file of arrays holds, in grey."
+    rng = np.random.default_rng(0)
+    parts = {f'{split}_{kind}': value for split in ('train', 'test') for kind, value in
+             dict(images=rng.integers(0, 256, (n, size, size), np.uint8), labels=np.arange(n) % 4).items()}
+    return {key: value for key, value in (parts | changes).items() if value is not None}
+
+
+def test_a_file_of_arrays_trains_like_any_set(tmp_path):
+    content = arrays(class_names=['a', 'b', 'c', 'd'], flip=False)
+    np.savez(tmp_path / 'mine.npz', **content)
+    name = f"npz:{tmp_path / 'mine.npz'}"
+    info = image_set(name)
+    assert (info.name, info.class_names, info.flip, dict(info.splits)) == ('npz:mine.npz', ('a', 'b', 'c', 'd'), False,
+                                                                          dict(train=36, tune=4, test=40))
+    loaded = load(name, 'train', 8)
+    assert (loaded.images == content['train_images'][:36, ..., None]).all() and (loaded.labels == np.arange(36) % 4).all()
+    assert np.allclose(info.mean, content['train_images'][:36].mean() / 255) and info is image_set(name)
+    data = run_data.seeded_data(scaled(Config(), 'smoke', dataset=name, train_examples=12), 0)
+    assert len(data.train) == 12 and (np.bincount(data.train.labels) == 3).all() and len(data.held_out) == 40
+    with pytest.raises(ValueError, match="unknown split of npz:mine.npz 'val'"): open_source(name, 'val')
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(test_labels=None), 'npz:x.npz lacks test_labels; it has test_images, train_images, train_labels'),
+    (dict(tune_images=np.zeros((2, 8, 8), np.uint8)), 'lacks tune_labels'),
+    (dict(train_images=np.zeros((40, 8, 8))),
+     r'train_images should be uint8 \[N,S,S,3\] or \[N,S,S\], not float64 \(40, 8, 8, 3\)'),
+    (dict(train_images=np.zeros((40, 8, 9), np.uint8)), r'not uint8 \(40, 8, 9, 3\)'),
+    (dict(train_labels=np.zeros(39, int)), r'train_labels should be 40 whole numbers from 0, not int64 \(39,\)'),
+    (dict(train_labels=-np.ones(40, int)), 'train_labels should be 40 whole numbers from 0'),
+    (dict(test_labels=np.arange(40)), 'label 39 is not in 0 to 3'),
+    (dict(test_images=np.zeros((40, 9, 9), np.uint8)), 'the pictures of its splits differ in size: 8, 9'),
+])
+def test_wrong_files_of_arrays(tmp_path, changes, says):
+    np.savez(tmp_path / 'x.npz', **arrays(**changes))
+    with pytest.raises(ValueError, match=says): image_set(f"npz:{tmp_path / 'x.npz'}")
+
+
+def test_what_is_no_file_of_arrays(tmp_path):
+    with pytest.raises(ValueError, match="there is no file 'nowhere.npz'"): image_set('npz:nowhere.npz')
+    (tmp_path / 'text.npz').write_text('nothing')
+    np.save(tmp_path / 'one.npy', np.zeros(3))
+    np.savez(tmp_path / 'cut.npz', **arrays())
+    os.truncate(tmp_path / 'cut.npz', 3000)
+    for name in ('text.npz', 'one.npy', 'cut.npz'):
+        with pytest.raises(ValueError, match=f'{name} is no .npz file, or was cut off'): image_set(f'npz:{tmp_path / name}')
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------------

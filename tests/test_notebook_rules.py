@@ -87,7 +87,7 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             base = '.'.join(filter(None, ['resnet_rs' if node.level else '', node.module]))
             yield from ((node.lineno, f'{base}.{alias.name}') for alias in node.names)
-        elif isinstance(node, ast.Call) and called(node) in ('import_module', '__import__'):
+        elif isinstance(node, ast.Call) and called(node) in ('import_module', '__import__', 'deferred'):
             yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 

@@ -12,7 +12,7 @@ import pytest
 from planned import refused
 
 from resnet_rs.config import ladder, scaled
-from resnet_rs.datasets import limit_labels
+from resnet_rs.dealing import limit_labels
 from resnet_rs.effective import effective
 from resnet_rs.experiment import Experiment, run
 from resnet_rs.joint_training import ROWS, FewLabels, JointTraining, hold_back, joint_rows, joint_table, teacher_says
