@@ -60,6 +60,13 @@ class Style:
         self.init = INITIALIZERS[check_choice('init', init or self.says.init, INITIALIZERS)]
         self.bn_momentum, self.bn_epsilon, self.bn_group_size = bn_momentum, bn_epsilon, bn_group_size
 
+    def key(self) -> jax.Array:
+        "The next key: `rngs.params()`, bit for bit, but flax's way to count it takes time quadratic in the depth when traced."
+        stream = self.rngs.params
+        key = jax.random.fold_in(stream.key[...], stream.count[...])
+        stream.count.set_value(stream.count[...] + 1)
+        return key
+
     def norm(self, channels: int, scale_init: float = 1.0) -> BatchNorm:
         "A batch norm of this style."
         return BatchNorm(channels, momentum=self.bn_momentum, epsilon=self.bn_epsilon, group_size=self.bn_group_size,
@@ -69,7 +76,7 @@ class Style:
         "A bias of this style."
         shape, limit = (outputs,), fan_in**-0.5
         if not self.init.bias: return nnx.Param(jnp.zeros(shape, self.param_dtype))
-        return nnx.Param(_within(limit)(self.rngs.params(), shape, self.param_dtype))
+        return nnx.Param(_within(limit)(self.key(), shape, self.param_dtype))
 
     def spatial(self, number: int, in_time: int = 1) -> int | tuple:
         "`number` along the axes of an image: itself in two dimensions, (in_time, number, number) in a clip."
@@ -101,7 +108,7 @@ class Conv(nnx.Module):
                  bias: bool = False, groups: int = 1):
         size, stride = ((n,) * style.ndim if isinstance(n, int) else tuple(n) for n in (size, stride))
         draw, shape = style.init.conv(groups), size + (c_in // groups, c_out)
-        self.kernel = nnx.Param(draw(style.rngs.params(), shape, style.param_dtype))
+        self.kernel = nnx.Param(draw(style.key(), shape, style.param_dtype))
         self.bias = style.bias(c_out, math.prod(shape[:-1])) if bias else None
         self.size, self.stride, self.groups, self.dtype = size, stride, groups, style.dtype
         same = style.padding == 'same' or set(stride) == {1}
@@ -232,7 +239,7 @@ class SelfGate(nnx.Module):
     def __init__(self, channels: int, *, style: Style):
         self.map = Conv(channels, channels, style=style, bias=True)
         draw = jax.nn.initializers.truncated_normal(0.01)
-        self.map.kernel[...] = draw(style.rngs.params(), self.map.kernel.shape, style.param_dtype)
+        self.map.kernel[...] = draw(style.key(), self.map.kernel.shape, style.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         "[N, *space, C] -> the same, gated."

@@ -22,7 +22,7 @@ class Classifier(nnx.Module):
 
     def __init__(self, channels: int, num_classes: int, *, style: Style):
         draw = style.init.dense(num_classes)
-        self.kernel = nnx.Param(draw(style.rngs.params(), (channels, num_classes), style.param_dtype))
+        self.kernel = nnx.Param(draw(style.key(), (channels, num_classes), style.param_dtype))
         self.bias = style.bias(num_classes, channels)
 
     def __call__(self, x: jax.Array, rate=0.0, key: jax.Array | None = None) -> jax.Array:

@@ -21,7 +21,7 @@ from resnet_rs.papermill import STOPPED
 from resnet_rs.runs import initial_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = dict(scale='laptop', seeds=1, rows='epochs,ema,randaugment', epochs=900)   # a row lasts many checkpoints
+ARGUMENTS = dict(scale='laptop', seeds=1, rows='epochs,ema,randaugment', epochs=500)   # a row lasts a few checkpoints
 
 
 def papermill(results, **changes):
