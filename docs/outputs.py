@@ -16,6 +16,7 @@ from resnet_rs.records import Records, read_packed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'nbs' / 'results.ipynb'
+UNTIMED = 'rounds = 0'   # what networks cost is committed, too, and of the machine that measured it
 UNTRAINED = "assert not experiment.pending(), f'{len(experiment.pending())} runs are not committed: make run && make record'"
 
 
@@ -24,6 +25,7 @@ def executed(path):
     book = nbformat.read(path, 4)
     plans, trains = (any(words in cell.source for cell in book.cells) for words in ('Experiment(', 'keep_weights=True'))
     check = 1 + [n for n, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', [])][0]
+    times = 'rounds:' in book.cells[check - 1].source
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / 'results', Path(folder, 'results'))
         store = Records(Path(folder, 'runs', 'results'))
@@ -31,9 +33,10 @@ def executed(path):
         for record in () if trains else read_packed(ROOT / 'results'): store.write(record)
         for _ in range(1 + trains):   # the second time shows finished runs, without the lines of their progress
             book.cells.insert(check + 1, nbformat.v4.new_code_cell(UNTRAINED if plans and not trains else ''))
+            book.cells.insert(check, nbformat.v4.new_code_cell(UNTIMED if times else ''))
             client = NotebookClient(book, timeout=1800, resources={'metadata': {'path': folder}})
             client.execute(env=os.environ | {'RESNET_RS_ROOT': folder})
-            del book.cells[check + 1]
+            del book.cells[check + 2], book.cells[check]
         for output in (output for cell in book.cells for output in cell.get('outputs', []) if 'text' in output):
             for name in (os.path.realpath(folder), folder): output.text = output.text.replace(name + os.sep, '')
     return book

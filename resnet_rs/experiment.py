@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import joblib
 import numpy as np
-import pandas as pd
 
 from .checkpoint import Checkpoints, Stopped, digest, stop_requests
 from .config import Config, check_choice
+from .deferred import deferred
 from .grid import RESULT_VERSION, Grid, Run, _named, use_compilation_cache
 from .parallel import any_host, first_host, from_first_host, host_shard, lost_hosts
 from .progress import Progress
@@ -33,6 +33,7 @@ from .runs import CURVE_POINTS, Given, hyper_of, initial_weights, keep_weights, 
 from .storage import claim
 from .training import Diverged, fit
 
+_pandas = deferred('pandas', 'To show a plan')
 _all_ = ['RESULT_VERSION', 'Run', 'use_compilation_cache']
 
 # %% ../nbs/51_experiment.ipynb #cell-06
@@ -92,7 +93,7 @@ class Experiment(_State):
         return [record | dict(experiment=self.name, row=run.row) for run, record in found if record]
 
 # %% ../nbs/51_experiment.ipynb #cell-09
-def plan(experiment: Experiment) -> pd.DataFrame:
+def plan(experiment: Experiment) -> '_pandas.DataFrame':
     "One line for each row: what it changes, effective values, runs finished and to do."
     lines, before, todo = [], None, {(r.row, r.seed) for r in experiment.pending()}
     for row, config in experiment.rows.items():
@@ -103,7 +104,7 @@ def plan(experiment: Experiment) -> pd.DataFrame:
                       'e-foldings': round(e.decay_times(), 1), 'effective EMA': round(e.ema_decay, 4),
                       'finished': len(experiment.seeds) - left, 'to run': left})
         before = config
-    return pd.DataFrame(lines).set_index('row')
+    return _pandas.DataFrame(lines).set_index('row')
 
 
 def _changes(before: Config, after: Config) -> str:

@@ -40,6 +40,16 @@ def test_runs_are_sound_and_of_committed_code(committed):
         assert record['data']['eval_examples'] == 1000 and record['data']['train_examples'] == 100, where
 
 
+@pytest.mark.parametrize('packed', sorted(RESULTS.glob('*.jsonl')), ids=lambda path: path.stem)
+def test_all_evidence_is_of_committed_code(packed):
+    "And a run that was lost says why."
+    for record in read_packed(packed):
+        where = (record['row'], record['seed'])
+        assert record['git']['dirty'] is False and len(record['git']['commit']) == 40, where
+        assert record['status'] == 'done' and record['metrics']['predicted_classes'] > 1 or record['error'], where
+        assert record['scale'] == 'laptop' and record['data']['train_examples'] >= 20, where
+
+
 def test_each_seed_has_its_own_training_subset_shared_by_all_rows(committed):
     prints = {seed: {r['data']['fingerprint'] for r in committed.values() if r['seed'] == seed} for seed in range(SEEDS)}
     assert all(len(p) == 1 for p in prints.values()) and len(set.union(*prints.values())) == SEEDS

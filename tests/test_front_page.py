@@ -64,7 +64,7 @@ def saved(cells):
 RECORDED = [path.stem for path in (ROOT / 'results').glob('*.jsonl') if (ROOT / 'nbs' / f'{path.stem}.ipynb').exists()]
 
 
-@pytest.mark.parametrize('name', RECORDED)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name != 'ablation')) for name in RECORDED])
 def test_experiment_shows_the_committed_runs(name):
     "What is saved in its notebook is what its defaults give with the records in results/."
     spec = importlib.util.spec_from_file_location('outputs', ROOT / 'docs' / 'outputs.py')

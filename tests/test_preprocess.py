@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from goldens import recipe
 from PIL import Image
 from scipy.stats import ks_2samp
@@ -350,5 +351,5 @@ def test_other_formats_and_modes():
 
 def test_a_sampling_that_the_fast_decoder_lacks_goes_to_pillow(monkeypatch):
     def lacks(*_, **__): raise ValueError('tjDecompressHeader3(): Could not determine subsampling level of JPEG image')
-    monkeypatch.setattr(decoding.simplejpeg, 'decode_jpeg', lacks)
+    monkeypatch.setattr(simplejpeg, 'decode_jpeg', lacks)
     assert np.array_equal(decode(PHOTO), np.asarray(Image.open(io.BytesIO(PHOTO))))
