@@ -11,7 +11,7 @@ from goldens import recipe
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from resnet_rs import decoding, preprocess
+from resnet_rs import preprocess
 from resnet_rs.decoding import BadImage, decode, decode_window, jpeg_header
 from resnet_rs.preprocess import PROTOCOLS, eval_preprocess, resize, sample_crop, train_preprocess
 
