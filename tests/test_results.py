@@ -282,10 +282,10 @@ def papermill(out, **parameters):
 
 def test_results_runs_on_any_folder_of_records(tmp_path):
     folder = write(tmp_path / 'records', clip_runs(scale_jittering=75., resnet_d=76.) + transfer())
-    before = {path.name: path.read_bytes() for path in RESULTS.iterdir()}
+    before = {path: path.read_bytes() for path in RESULTS.rglob('*') if path.is_file()}
     done = papermill(tmp_path / 'out.ipynb', results_dir=folder, scale='laptop')
     assert done.returncode == 0, done.stderr[-3000:]
-    assert before == {path.name: path.read_bytes() for path in RESULTS.iterdir()}
+    assert before == {path: path.read_bytes() for path in RESULTS.rglob('*') if path.is_file()}
     found = pd.read_csv(folder / 'scoreboard.csv').set_index('claim')
     assert found.index.tolist() == CLAIMS and found['verdict'].to_dict() == dict.fromkeys(CLAIMS, 'not run') | dict(
         C12='agrees', C13='agrees')
