@@ -103,6 +103,8 @@ def test_requirements_are_what_the_library_imports():
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(node, ast.Import): found |= {alias.name.partition('.')[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.partition('.')[0])
+            elif isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'deferred':
+                found.add(node.args[0].value.partition('.')[0])
     found -= set(sys.stdlib_module_names) | {'resnet_rs', 'av'}    # av: an extra, asked for by name where a video is opened
     owners = metadata.packages_distributions()
     needed = {canonicalize_name(owner) for name in found for owner in owners.get(name, [name])}
