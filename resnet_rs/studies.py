@@ -123,10 +123,17 @@ FIRST_ROWS: Mapping[str, tuple[tuple, tuple, tuple]] = MappingProxyType({
 _SHORT = dict(randaug_prob=0.0, label_smoothing=0.0, drop_path=0.0, dropout=0.0)  # mirror images and crops only
 
 
-def _regularization(point) -> dict[str, float]:
-    "Of the long training: all recalled, none seen in print."
-    dropout = next(row.dropout for row in table('table12') if row.width == point.width)
-    return dict(drop_path=0.2 if point.image_size >= 224 and point.width > 0.25 else 0.0, dropout=dropout,
+def _dropout(width: float) -> float:
+    "Table 12's; on the line between two of its widths, and at an end beyond it."
+    rows = table('table12')
+    width = min(max(width, rows[0].width), rows[-1].width)
+    below, above = next(pair for pair in zip(rows, rows[1:]) if width <= pair[1].width)
+    return round(below.dropout + (above.dropout - below.dropout) * (width - below.width) / (above.width - below.width), 4)
+
+
+def _regularization(point, width: float) -> dict[str, float]:
+    "Of the long training: all recalled, none seen in print. Dropout goes by the width that is trained."
+    return dict(drop_path=0.2 if point.image_size >= 224 and point.width > 0.25 else 0.0, dropout=_dropout(width),
                 label_smoothing=0.1, randaug_magnitude=10 if point.width <= 0.5 or point.image_size <= 160 else 15)
 
 
@@ -149,8 +156,8 @@ def scaling_rows(scale: str, networks: Iterable[str] | None = None, sizes: Itera
     thin, rows = SCALES[scale].settings.get('width', 1.0), {}
     for p in points:
         if all(value in some for value, some in zip((_network(p), p.image_size, p.epochs), wanted)):
-            config = base.replace(epochs=p.epochs, **_regularization(p) if p.epochs == 350 else _SHORT)
             shape = dict(depth=depths[p.depth], width=thin * p.width, image_size=sides[p.image_size])
+            config = base.replace(epochs=p.epochs, **_regularization(p, shape['width']) if p.epochs == 350 else _SHORT)
             rows[p.row] = scaled(config, scale, **shape | changes)
     return rows
 

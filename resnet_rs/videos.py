@@ -66,8 +66,11 @@ def _listed(path: Path) -> list[tuple]:
             if p.is_corrupt: raise BadVideo(f'{path} is cut off or damaged')
             listed.append((p.pts, p.is_keyframe))
         announced = (container.duration or 0) / 1e6
-        if 'matroska' in container.format.name and end < 0.95 * announced - 0.5:  # FFmpeg notices it in other kinds of files
+        # FFmpeg notices a cut in other kinds of files, and in an AVI one inside a frame
+        if 'matroska' in container.format.name and end < 0.95 * announced - 0.5:
             raise BadVideo(f'{path} is cut off: it ends at {float(end):.1f} of {announced:.1f} s')
+        if container.format.name == 'avi' and len(listed) < 0.95 * stream.frames:
+            raise BadVideo(f'{path} is cut off: it holds {len(listed)} of {stream.frames} frames')
     return listed
 
 

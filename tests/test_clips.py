@@ -255,6 +255,14 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, name, codec, option
     with pytest.raises(BadVideo, match=name): VideoFile(tmp_path / name).read(range(60))
 
 
+def test_an_avi_cut_off_between_two_frames_is_refused_by_name(tmp_path):
+    "FFmpeg marks no frame of such a file as damaged."
+    path = write(tmp_path / 'a.avi', 60, 'mpeg4')
+    whole = path.read_bytes()
+    path.write_bytes(whole[:whole.rindex(b'00dc', 0, int(len(whole) * 0.6))])
+    with pytest.raises(BadVideo, match=r'a\.avi is cut off: it holds \d+ of 60 frames'): VideoFile(path)
+
+
 def test_damage_is_refused_by_name(tmp_path):
     path = write(tmp_path / 'a.mp4', 60, 'mpeg4')
     data = bytearray(path.read_bytes())

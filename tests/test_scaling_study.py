@@ -53,6 +53,12 @@ def test_regularisation_is_that_of_the_appendix():
         assert c.weight_decay == 4e-5 and (c.stem, c.stem_pool, c.shortcut, c.se_ratio) == ('deep', 'max', 'avg', .25)
 
 
+@pytest.mark.parametrize('scale, dropout', [('laptop', {1.0: 0, 1.5: 0.05, 2.0: 0.1}), ('paper', {1.0: .25, 1.5: .6, 2.0: .75})])
+def test_dropout_goes_by_the_width_that_is_trained(scale, dropout):
+    long = [(p, scaling_rows(scale)[p.row]) for p in table('figure3') if p.epochs == 350]
+    assert {p.width: c.dropout for p, c in long} == dropout and all(c.dropout == dropout[p.width] for p, c in long)
+
+
 def test_changes_reach_every_row_and_parts_are_parts():
     part = scaling_rows('gpu', ['r101_w1.5'], [224, 128], [100], dataset='cifar100', batch_size=None)
     assert list(part) == ['e100_i128_r101_w1.5', 'e100_i224_r101_w1.5'] and {c.dataset for c in part.values()} == {'cifar100'}
