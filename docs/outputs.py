@@ -1,5 +1,5 @@
-"""Save in a notebook what its defaults show: in an experiment's for the committed records, in which all its runs must be, or,
-where it keeps weights, which are not committed, for runs made now; and in results.ipynb what all of them say together.
+"""Save in a notebook what its defaults show: in an experiment's for the committed records and all their seeds, in which all its
+runs must be, or, where it keeps weights, which are not committed, for runs made now; and in results.ipynb what all of them say.
 
     python docs/outputs.py [nbs/train.ipynb ...]     without names: every experiment that has records in results/, and results"""
 import os
@@ -17,6 +17,7 @@ from resnet_rs.records import Records, read_packed
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'nbs' / 'results.ipynb'
 UNTIMED = 'rounds = 0'   # what networks cost is committed, too, and of the machine that measured it
+SEEDS = 'seeds = {}'
 UNTRAINED = "assert not experiment.pending(), f'{len(experiment.pending())} runs are not committed: make run && make record'"
 
 
@@ -25,15 +26,18 @@ def executed(path):
     book = nbformat.read(path, 4)
     plans, trains = (any(words in cell.source for cell in book.cells) for words in ('Experiment(', 'keep_weights=True'))
     check = 1 + [n for n, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', [])][0]
-    times = 'rounds:' in book.cells[check - 1].source
+    records = [] if trains else read_packed(ROOT / 'results')
+    seeds = {record['seed'] for record in records if plans and record['experiment'] == path.stem}
+    given = [UNTIMED] if 'rounds:' in book.cells[check - 1].source else []
+    if seeds: given.append(SEEDS.format(1 + max(seeds)))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / 'results', Path(folder, 'results'))
         store = Records(Path(folder, 'runs', 'results'))
         if (costs := ROOT / 'results' / 'costs').is_dir(): shutil.copytree(costs, store.folder / 'costs')
-        for record in () if trains else read_packed(ROOT / 'results'): store.write(record)
+        for record in records: store.write(record)
         for _ in range(1 + trains):   # the second time shows finished runs, without the lines of their progress
             book.cells.insert(check + 1, nbformat.v4.new_code_cell(UNTRAINED if plans and not trains else ''))
-            book.cells.insert(check, nbformat.v4.new_code_cell(UNTIMED if times else ''))
+            book.cells.insert(check, nbformat.v4.new_code_cell('\n'.join(given)))
             client = NotebookClient(book, timeout=1800, resources={'metadata': {'path': folder}})
             client.execute(env=os.environ | {'RESNET_RS_ROOT': folder})
             del book.cells[check + 2], book.cells[check]

@@ -139,6 +139,10 @@ def test_accuracies_and_costs_together_speak_of_efficientnets(tmp_path):
     found = verdict_table(tmp_path).set_index('claim').loc['C8']
     assert (found['verdict'], found['seeds']) == ('agrees', '8') and '**C8 — agrees.**' in ''.join(sentences(tmp_path).values())
     assert len(evidence(tmp_path).runs['efficientnet_rs', 'laptop']) == 8 * len(rows), 'with the arm that pareto trained'
+    assert found['reason'] == ''
+    write(tmp_path, [record('pareto' if row in arms['compound'] else 'efficientnet_rs', row, 90. - 3 * seconds[row], seed, config)
+                     for row, config in rows.items() for seed in range(8)])
+    assert 'larger networks are not seen to be better' in verdict_table(tmp_path).set_index('claim').loc['C8', 'reason']
 
 
 @pytest.mark.parametrize('claim', ['C10', 'C14'])
