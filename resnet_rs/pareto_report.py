@@ -227,7 +227,7 @@ def _panel(ax, title: str, label: str, groups: Mapping[str, Mapping[str, tuple[f
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter('{x:g}')
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.legend(loc='lower right', fontsize=9)
+        ax.legend(loc='best', fontsize=9)
     else:
         ax.text(.5, .5, 'not run', ha='center', va='center', transform=ax.transAxes, color='0.5')
         ax.set(xticks=[], yticks=[])
