@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -27,9 +28,9 @@ def executed(path):
     plans, trains = (any(words in cell.source for cell in book.cells) for words in ('Experiment(', 'keep_weights=True'))
     check = 1 + [n for n, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', [])][0]
     records = [] if trains else read_packed(ROOT / 'results')
-    seeds = {record['seed'] for record in records if plans and record['experiment'] == path.stem}
+    seeds = Counter(record['row'] for record in records if plans and record['experiment'] == path.stem)
     given = [UNTIMED] if 'rounds:' in book.cells[check - 1].source else []
-    if seeds: given.append(SEEDS.format(1 + max(seeds)))
+    if seeds: given.append(SEEDS.format(min(seeds.values())))
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / 'results', Path(folder, 'results'))
         store = Records(Path(folder, 'runs', 'results'))
