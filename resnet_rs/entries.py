@@ -95,7 +95,7 @@ def _slower_verdicts(records: Sequence[Mapping], costs: Sequence[Mapping]) -> li
 
 def _plain_ladder(scale: str) -> dict[str, Config]: return {row: scaled(config, scale) for row, config in ladder().items()}
 
-
+# %% ../nbs/57_entries.ipynb #add-00
 #: name of an experiment -> what the scoreboard has to know of it
 ENTRIES: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in (
     Entry('ablation', 'Table 1', ('C1', 'C3', 'C4', 'C5'),

@@ -182,7 +182,7 @@ def efficientnet_verdicts(records: Iterable[Mapping], costs: Iterable[Mapping]) 
                 paper=accuracy_gain(top1, seconds, *arms.values()))
     return _framed('Figure 5', 'paper: ImageNet val, TPUv3', ours_label(records), {'C8a': _gain(records, costs) | line})
 
-
+# %% ../nbs/56_pareto_report.ipynb #add-00
 def lost_premise(records: Iterable[Mapping]) -> str:
     "In words, where larger networks of the compound rule are not seen to be better, which C8 takes for granted; '' elsewhere."
     records = list(records)
