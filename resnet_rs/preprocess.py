@@ -11,10 +11,12 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from scipy import sparse
 
 from .config import check_choice
 from .decoding import BadImage, check_size, decode, decode_window, is_jpeg, jpeg_header
+from .deferred import deferred
+
+_sparse = deferred('scipy.sparse', 'To resize as TensorFlow does')
 
 # %% ../nbs/22_preprocess.ipynb #cell-05
 #: whose inputs: the authors' TF1 release, their TF2 Model Garden, timm
@@ -34,7 +36,7 @@ def _bicubic_matrix(size, out, flip=False):
     columns = np.clip(first.astype(np.int32)[:, None] + np.arange(-1, 3, dtype=np.int32), 0, size - 1)
     if flip: weights, columns = weights[::-1], columns[::-1]
     starts = np.arange(0, 4 * out + 1, 4, dtype=np.int32)
-    return sparse.csr_array((weights.ravel(), columns.ravel(), starts), shape=(out, size))
+    return _sparse.csr_array((weights.ravel(), columns.ravel(), starts), shape=(out, size))
 
 
 def _turned(image):

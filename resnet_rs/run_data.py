@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from .config import DIALECTS, Config
 from .datasets import Source, Subset, open_source
 from .dealing import rank_in_class
-from .image_sets import ImageSet
+from .image_sets import DATASETS, ImageSet
 from .images import Arrays, batches, eval_batches, load, subset
 from .parallel import data_mesh
 from .streams import BadRecords, _cores, eval_stream, train_stream
@@ -63,7 +63,8 @@ def seeded_data(config: Config, seed: int, data_dir=None, held_out: str = 'test'
 
     In memory, or, where the pictures differ in size, streamed; of a streamed set that is smaller than the subset all is taken.
     ValueError: unknown set, not prepared, too small."""
-    if not _opened(config.dataset, 'train', data_dir).info.streamed:
+    info = DATASETS.get(config.dataset) or _opened(config.dataset, 'train', data_dir).info
+    if not info.streamed:
         train = _loaded(config.dataset, 'train', config.image_size, data_dir)
         return Data(subset(train, config.train_examples, seed), _loaded(config.dataset, held_out, config.image_size, data_dir))
     train, test = (_opened(config.dataset, split, data_dir) for split in ('train', held_out))
