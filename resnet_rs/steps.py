@@ -7,9 +7,7 @@ __all__ = ['OPTIMIZERS', 'Hyper', 'Network', 'split', 'State', 'initial_state', 
            'compiled_augment', 'compiled_parts']
 
 # %% ../nbs/33_steps.ipynb #cell-02
-import gc
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from inspect import signature
@@ -106,18 +104,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, hyper: Hyper) -> jax.Arr
     "The default loss, [N]: cross-entropy with `hyper.label_smoothing`."
     return smoothed_cross_entropy(logits, labels, hyper.label_smoothing)
 
-# %% ../nbs/33_steps.ipynb #add-00
-@contextmanager
-def _no_collection():
-    "Without the garbage collector: tracing makes many objects and little garbage, and a third of its time went into the search."
-    enabled = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if enabled: gc.enable()
-
 # %% ../nbs/33_steps.ipynb #cell-12
-@_no_collection()
 def _gradient(network, loss, state, inputs, labels, hyper, key):
     "((mean loss, new statistics), gradient)."
     def objective(params):
